@@ -1,0 +1,1 @@
+"""What ships with the package: the embedded language model and the demo's configuration."""

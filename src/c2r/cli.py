@@ -1,0 +1,115 @@
+"""The command line. Heavy imports happen inside the commands, so that `c2r --help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg
+
+from c2r import __version__
+
+
+def demo(out: Path = Path("runs/demo")) -> None:
+    """Train a baseline and its C²R twin on the embedded language model, and show what changed (minutes on a laptop).
+
+    Args:
+        out: Folder of the run; an earlier demo there is replaced.
+    """
+    from c2r.demo import run_demo
+
+    run_demo(out)
+
+
+def train(
+    run: Positional[Path],
+    set: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(metavar="A.B=C")] = (),
+    overwrite: bool = False,
+) -> None:
+    """Train the SAEs that a YAML file describes.
+
+    Args:
+        run: The run's YAML (see docs/configuration.md).
+        set: Values that replace the file's, for example train.lr=3e-4 saes.0.k=16.
+        overwrite: Replace an earlier run in the output folder.
+    """
+    from c2r.config import load_config
+    from c2r.train.trainer import train as train_run
+
+    config = load_config(run, tuple(value for values in set for value in values))
+    folders = train_run(config, overwrite=overwrite)
+    print("\n".join(map(str, folders.values())))
+    print(f"next: c2r eval {' '.join(map(str, folders.values()))}")
+
+
+def evaluate(
+    saes: Positional[tuple[Path, ...]],
+    model: str | None = None,
+    suite: str = "core",
+    out: Path | None = None,
+    source: str | None = None,
+    path: str | None = None,
+    split: str = "train",
+    text_field: str = "text",
+    tokens: int = 50_000,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Evaluate SAE folders, c2r's or SAELens's: one JSON an evaluation and SAE, and a table.
+
+    Args:
+        saes: SAE folders that read the same hook point.
+        model: Language model: embedded, a folder or a Hub id. Default: the one the SAE was trained on.
+        suite: Evaluations, joined by commas.
+        out: Folder for the results. Default: evaluations/ beside each SAE.
+        source: Text: stdlib, files or hf. Default: that of the SAE's training, its held-out part if there is one.
+        path: For files: a file, folder or glob; for hf: the data set.
+        split: For hf: the split.
+        text_field: Field of .jsonl files and data sets that holds the text.
+        tokens: Tokens to evaluate on.
+        seed: Order of the text.
+        device: auto, cpu, cuda, cuda:1…
+    """
+    from c2r.config import DataConfig
+    from c2r.eval.suite import evaluate as evaluate_saes
+    from c2r.report.table import print_results
+
+    data = None
+    if source or path:
+        try:
+            data = DataConfig.model_validate(
+                {"source": source or "files", "path": path, "split": split, "text_field": text_field}
+            )
+        except ValueError as error:
+            raise ValueError(f"--source, --path: {error}") from None
+    results = evaluate_saes(
+        list(saes), out, suites=tuple(suite.split(",")), model=model, data=data, tokens=tokens, seed=seed, device=device
+    )
+    print_results(results)
+    print(f"results: {out or ', '.join(sorted({str(folder.parent / 'evaluations') for folder in saes}))}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends with one line and exit status 2."""
+    arguments = sys.argv[1:] if args is None else args
+    if arguments == ["--version"]:
+        print(f"c2r {__version__}")
+        return
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"demo": demo, "train": train, "eval": evaluate}, prog="c2r", description=_ABOUT, args=arguments
+        )
+    except ValueError as error:
+        print(f"c2r: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("c2r: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+_ABOUT = "Train sparse autoencoders with cross-sample consistency regularisation (C²R), and measure what it changed."
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Sparse activations and the products they need: encode, decode and both weight gradients from N non-zeros.
+
+An encoder emits activations in one of two forms, dense `[B, F]` or `Codes`; `norms`, `decode`, `l0` and `to_dense`
+take either. The index of a batch's non-zeros is sorted by latent once and shared by every backward of the step.
+Nothing of size B×F or N×D is kept.
+
+B tokens in a batch · D width of the activations · F latents · N non-zeros in a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Support:
+    """Where the non-zeros of a batch are, token by token."""
+
+    latents_N: Tensor
+    """Latent of each non-zero, int64, grouped by token."""
+    tokens_N: Tensor
+    """Token of each non-zero, int64, ascending."""
+    batch: int
+    """B."""
+    width: int
+    """F."""
+
+    @cached_property
+    def token_starts(self) -> Tensor:
+        """`[B + 1]`: the non-zeros of token b are those from token_starts[b] to token_starts[b + 1]."""
+        return _starts(self.tokens_N, self.batch)
+
+    @cached_property
+    def by_latent(self) -> tuple[Tensor, Tensor]:
+        """The order `[N]` that groups the non-zeros by latent, and where each latent starts in it, `[F + 1]`."""
+        ordered, order_N = self.latents_N.sort(stable=True)
+        return order_N, _starts(ordered, self.width)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Sparse activations of a batch: `values_N` at `support`."""
+
+    values_N: Tensor
+    support: Support
+
+    @property
+    def width(self) -> int:
+        """F, the number of latents."""
+        return self.support.width
+
+
+Acts = Tensor | Codes
+
+
+def from_dense(acts_BF: Tensor) -> Codes:
+    """The non-zeros of dense activations, with their gradient."""
+    tokens, latents = acts_BF.nonzero(as_tuple=True)
+    support = Support(latents, tokens, *acts_BF.shape)
+    return Codes(acts_BF[tokens, latents], support)
+
+
+def to_dense(acts: Acts) -> Tensor:
+    """Dense `[B, F]`."""
+    if isinstance(acts, Tensor):
+        return acts
+    at = acts.support
+    return acts.values_N.new_zeros(at.batch, at.width).index_put((at.tokens_N, at.latents_N), acts.values_N)
+
+
+def norms(acts: Acts) -> Tensor:
+    """‖f_i‖₂ of each latent over the batch, `[F]`; its gradient is 0 where a latent is silent."""
+    if isinstance(acts, Tensor):
+        square_F = acts.square().sum(0)
+    else:
+        square_F = acts.values_N.new_zeros(acts.width).index_add(0, acts.support.latents_N, acts.values_N.square())
+    silent_F = square_F == 0
+    return square_F.masked_fill(silent_F, 1.0).sqrt().masked_fill(silent_F, 0.0)
+
+
+def l0(acts: Acts) -> Tensor:
+    """Mean number of active latents a token, a scalar."""
+    if isinstance(acts, Tensor):
+        return (acts != 0).sum() / acts.shape[0]
+    return (acts.values_N != 0).sum() / acts.support.batch
+
+
+def fired(acts: Acts) -> Tensor:
+    """Which latents are active anywhere in the batch, bool `[F]`."""
+    if isinstance(acts, Tensor):
+        return (acts != 0).any(0)
+    fired_F = torch.zeros(acts.width, dtype=torch.bool, device=acts.values_N.device)
+    fired_F[acts.support.latents_N[acts.values_N != 0]] = True
+    return fired_F
+
+
+def decode(acts: Acts, W_dec_FD: Tensor, b_dec_D: Tensor) -> Tensor:
+    """x̂ = f·W_dec + b_dec, `[B, D]`."""
+    if isinstance(acts, Tensor):
+        return acts @ W_dec_FD + b_dec_D
+    product: Any = _Decode.apply(acts.values_N, W_dec_FD, acts.support)
+    return product + b_dec_D
+
+
+def encode_at(support: Support, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None) -> Tensor:
+    """Pre-activations (x − b_dec)·W_enc + b_enc at `support` alone, `[N]`, in the precision of the weights.
+
+    `x_BD` is data: it gets no gradient. `b_dec_D` is None for an encoder that does not subtract it.
+    """
+    values_N: Any = _Encode.apply(x_BD, W_enc_FD, b_enc_F, b_dec_D, support)
+    return values_N
+
+
+def _starts(sorted_N: Tensor, size: int) -> Tensor:
+    return torch.searchsorted(sorted_N, torch.arange(size + 1, device=sorted_N.device))
+
+
+def _gather_sum(source: Tensor, index_N: Tensor, starts: Tensor, weight_N: Tensor) -> Tensor:
+    """Row r = Σ weight_n · source[index_n] over the n from starts[r] to starts[r + 1]."""
+    return F.embedding_bag(index_N, source, starts, mode="sum", per_sample_weights=weight_N, include_last_offset=True)
+
+
+def _pair_dots(a_BD: Tensor, b_FD: Tensor, support: Support) -> Tensor:
+    """a[token_n] · b[latent_n] for every non-zero n: the gradient of a weighted sum of rows in its weights."""
+    with torch.enable_grad():
+        weight_N = a_BD.new_ones(len(support.latents_N), requires_grad=True)
+        rows = _gather_sum(b_FD.detach(), support.latents_N, support.token_starts, weight_N)
+    return torch.autograd.grad(rows, weight_N, a_BD.contiguous())[0]
+
+
+def _weight_gradient(rows_BD: Tensor, weight_N: Tensor, support: Support) -> Tensor:
+    """Σ over a latent's non-zeros of weight_n · rows[token_n], `[F, D]`."""
+    order_N, starts = support.by_latent
+    return _gather_sum(rows_BD.contiguous(), support.tokens_N[order_N], starts, weight_N[order_N])
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values_N: Tensor, W_dec_FD: Tensor, support: Support) -> Tensor:
+        ctx.save_for_backward(values_N, W_dec_FD)
+        ctx.support = support
+        return _gather_sum(W_dec_FD, support.latents_N, support.token_starts, values_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_BD,) = grads
+        values_N, W_dec_FD = ctx.saved_tensors
+        grad_values = _pair_dots(grad_BD, W_dec_FD, ctx.support) if ctx.needs_input_grad[0] else None
+        grad_W_dec = _weight_gradient(grad_BD, values_N, ctx.support) if ctx.needs_input_grad[1] else None
+        return grad_values, grad_W_dec, None
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, support: Support
+    ) -> Tensor:
+        centred_BD = x_BD if b_dec_D is None else x_BD - b_dec_D
+        ctx.save_for_backward(centred_BD, W_enc_FD)
+        ctx.support = support
+        return _pair_dots(centred_BD, W_enc_FD, support) + b_enc_F[support.latents_N]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_N,) = grads
+        centred_BD, W_enc_FD = ctx.saved_tensors
+        grad_W_enc = _weight_gradient(centred_BD, grad_N, ctx.support)
+        grad_b_enc = grad_N.new_zeros(ctx.support.width).index_add(0, ctx.support.latents_N, grad_N)
+        # Every token subtracts the same b_dec, so its gradient needs only the latents' totals.
+        grad_b_dec = -(grad_b_enc @ W_enc_FD) if ctx.needs_input_grad[3] else None
+        return None, grad_W_enc, grad_b_enc, grad_b_dec, None

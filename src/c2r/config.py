@@ -1,0 +1,276 @@
+"""What a run's YAML may say: frozen, checked before any work, saved as the user wrote it.
+
+Values that are found while running (scale, thresholds) live in the run's state and never here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Hook = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+class Frozen(BaseModel):
+    """A section of the configuration: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), populate_by_name=True)
+
+
+class ModelConfig(Frozen):
+    """The language model, and the place in it whose activations are learnt."""
+
+    name: str = "embedded"
+    """`embedded`, a folder in Hugging Face format, or a Hub id."""
+    layer: Annotated[int, Field(ge=0)] = 0
+    """Block, counted from 0."""
+    hook: Hook = "resid_post"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class DataConfig(Frozen):
+    """The text."""
+
+    source: Literal["stdlib", "files", "hf"] = "stdlib"
+    path: str | None = None
+    """files: a .txt or .jsonl file, a folder or a glob. hf: a Hub id or a folder."""
+    name: str | None = None
+    """hf: the data set's configuration."""
+    split: str = "train"
+    text_field: str = "text"
+    words: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of tokens that come from spelling lists, made of the tokenizer's own words."""
+    context: Annotated[int, Field(ge=2)] = 128
+    """Tokens of a row that the model reads at once."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.source != "stdlib" and not self.path:
+            raise ValueError(f"path: nothing given; source {self.source!r} needs one")
+        if self.source == "stdlib" and self.path:
+            raise ValueError(f"path: got {self.path!r}; source 'stdlib' takes none (did you mean source: files?)")
+        return self
+
+
+class StreamConfig(Frozen):
+    """How activations are filtered, scaled and shuffled on their way to the SAEs."""
+
+    buffer_tokens: Positive = 131_072
+    """Activations held for shuffling."""
+    max_norm_multiple: Annotated[float, Field(gt=1)] | None = 10.0
+    """Tokens whose norm exceeds this many median norms are dropped; null keeps all."""
+    rows: Positive = 32
+    """Rows of `data.context` tokens a forward pass of the language model."""
+
+
+class TrainConfig(Frozen):
+    """What all SAEs of a run share in training."""
+
+    tokens: Positive
+    """Activations each SAE sees, filtered ones not counted."""
+    batch: Positive = 2048
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Linear warm-up of the learning rate; null: 1000 (as published), a twentieth of the steps in a short run."""
+    decay_from: Share = 0.8
+    """Fraction of the steps from which the learning rate falls linearly to 0; 1 never."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the encoder's product; weights, selected activations and gradients are fp32 either way."""
+    device: str = "auto"
+    log_every: Positive = 10
+    """Steps between lines of metrics.jsonl."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps; the last batch may be short."""
+        return -(-self.tokens // self.batch)
+
+
+class ConsistencyConfig(Frozen):
+    """C²R: how strongly, in one of two units, and how it is computed."""
+
+    strength: Annotated[float, Field(ge=0)] | None = None
+    """Dimensionless ρ (published setting: 0.884). See `c2r.penalty.lambda_of_strength`."""
+    lam: Annotated[float, Field(ge=0)] | None = Field(default=None, alias="lambda")
+    """The paper's λ; depends on batch size, width and the neighbour search: tuned with "chunked", it presses
+    harder under "exact" and "lagged", which miss no neighbour."""
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The cosine is counted from here on."""
+    every: Positive = 1
+    """Applied in every n-th step, then multiplied by n."""
+    start: Annotated[int, Field(ge=0)] = 0
+    """First step that applies it."""
+    neighbors: Literal["lagged", "exact", "chunked"] = "lagged"
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> ConsistencyConfig:
+        if (self.strength is None) == (self.lam is None):
+            raise ValueError(
+                f"strength, lambda: exactly one of the two is needed, got strength={self.strength} lambda={self.lam}"
+            )
+        return self
+
+
+class SAEConfig(Frozen):
+    """One SAE of the run: a BatchTopK SAE, with or without C²R."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Also the name of its folder."""
+    method: Literal["batch_top_k"] = "batch_top_k"
+    width: Annotated[int, Field(ge=2)]
+    """F, the number of latents."""
+    k: Positive
+    """Active latents a token, on average over a batch."""
+    seed: int | None = None
+    """Of the initialisation; null: the run's seed, so that the SAEs of a run are paired."""
+    k_anneal: Share = 0.01
+    """k falls linearly from the activations' width to its value over this fraction of the steps."""
+    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
+    aux_k: Positive | None = None
+    """Dead latents a token that reconstruct the residual; null: half the activations' width."""
+    dead_after_tokens: Positive = 10_000_000
+    """A latent that has not fired for so many tokens is dead."""
+    threshold_start: Annotated[int, Field(ge=0)] | None = None
+    """Step after which the inference threshold is tracked; null: 1000 (as published), half of a short run."""
+    threshold_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of its moving average; null: 0.999 (as published), less in a short run, whose threshold it could not follow."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient."""
+    c2r: ConsistencyConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> SAEConfig:
+        if self.k > self.width:
+            raise ValueError(f"k: got {self.k}, more than the width {self.width}; accepted are 1 to {self.width}")
+        return self
+
+
+class RunConfig(Frozen):
+    """A whole run: one stream of activations, any number of SAEs trained on it."""
+
+    output: Path
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    stream: StreamConfig = StreamConfig()
+    train: TrainConfig
+    saes: Annotated[list[SAEConfig], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        names = [sae.name for sae in self.saes]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"saes: the names {twice} occur more than once; each SAE needs its own folder")
+        if self.stream.buffer_tokens < self.train.batch:
+            raise ValueError(
+                f"stream.buffer_tokens: got {self.stream.buffer_tokens}, less than train.batch {self.train.batch}"
+            )
+        for sae in self.saes:
+            if sae.threshold_start is not None and sae.threshold_start >= self.train.steps - 1:
+                raise ValueError(
+                    f"saes.{sae.name}.threshold_start: got {sae.threshold_start}, but the run has "
+                    f"{self.train.steps} steps; the inference threshold would never be learnt"
+                )
+        return self
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a run's YAML and apply `a.b=c` overrides (`saes.0.k=16` reaches into lists).
+
+    Raises:
+        ValueError: no such file, not YAML, an override that fits nowhere, or values that the configuration refuses;
+            each names the field, what was given and what is accepted.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the configuration {path}: {error}") from error
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a mapping of output, model, data, train, saes…, got {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
+    """Check a configuration given as plain dicts and lists.
+
+    Raises:
+        ValueError: what pydantic refuses, a line a fault.
+    """
+    try:
+        return RunConfig.model_validate(_numbers(raw))
+    except ValidationError as error:
+        lines = [_fault(fault["loc"], fault) for fault in error.errors()]
+        raise ValueError(f"{where}: {len(lines)} fault(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _fault(location: tuple[int | str, ...], fault: Any) -> str:
+    field = ".".join(map(str, location)) or "configuration"
+    if fault["type"] == "extra_forbidden":
+        accepted = _fields_at(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), accepted, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{field}: unknown key; accepted are {', '.join(accepted)}{hint}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{field}: {message}" + ("" if fault["type"] in ("value_error", "missing") else f" (got {fault['input']!r})")
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    sections: dict[Any, type[Frozen]] = {
+        "model": ModelConfig, "data": DataConfig, "stream": StreamConfig, "train": TrainConfig,
+        "saes": SAEConfig, "c2r": ConsistencyConfig,
+    }  # fmt: skip
+    named = [part for part in location if part in sections]
+    fields = (sections[named[-1]] if named else RunConfig).model_fields
+    return [field.alias or name for name, field in fields.items()]
+
+
+def _override(raw: Any, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set: got {override!r}; expected a.b=c, for example train.lr=3e-4 or saes.0.k=16")
+    node, parts = raw, key.split(".")
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ValueError(f"--set {override}: {part!r} is not an index of a list of {len(node)}")
+            place: Any = int(part)
+        elif isinstance(node, dict):
+            place = part
+        else:
+            raise ValueError(f"--set {override}: {'.'.join(parts[:depth])} is {node!r}, which has no fields")
+        if last:
+            node[place] = yaml.safe_load(value)
+        else:
+            node = node.setdefault(place, {}) if isinstance(node, dict) else node[place]
+            if node is None:
+                raise ValueError(f"--set {override}: {'.'.join(parts[: depth + 1])} is empty in the file; set it whole")
+
+
+def _numbers(node: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; take it as the number it was meant to be."""
+    if isinstance(node, dict):
+        return {key: _numbers(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_numbers(value) for value in node]
+    if isinstance(node, str) and _EXPONENT.fullmatch(node):
+        return float(node)
+    return node

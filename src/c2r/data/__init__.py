@@ -1,0 +1,1 @@
+"""Text, token rows, language models, activations."""

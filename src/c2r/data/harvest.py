@@ -1,0 +1,172 @@
+"""A Hugging Face causal language model, stopped at a hook point to give activations, or run on from it.
+
+R rows · T positions in a context · D width of the activations · V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from c2r.config import Hook, ModelConfig
+
+Replace = Callable[[Tensor], Tensor]
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the hook; carries nothing, since the hook keeps what it saw."""
+
+
+class LanguageModel:
+    """A causal language model with one hook point.
+
+    Arguments:
+        model: any `AutoModelForCausalLM` whose blocks stand in one list.
+        tokenizer: its tokenizer.
+        layer: block, counted from 0.
+        hook: `resid_pre`, `resid_post`, `mlp_out` or `attn_out` of that block. `mlp_out` and `attn_out` are what is
+            added to the residual stream, so behind a post-norm where the block has one (Gemma 2).
+
+    Raises:
+        ValueError: no such layer, or a block without such a part.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, layer: int, hook: Hook) -> None:
+        self.model, self.tokenizer, self.layer, self.hook = model, tokenizer, layer, hook
+        blocks = _blocks(model)
+        if not 0 <= layer < len(blocks):
+            raise ValueError(f"model.layer: got {layer}; the model has {len(blocks)} blocks, 0 to {len(blocks) - 1}")
+        self._module = _hooked_module(blocks[layer], hook)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def d_in(self) -> int:
+        """D: what the hook emits is as wide as the residual stream."""
+        return self.model.config.get_text_config().hidden_size
+
+    @torch.no_grad()
+    def activations(self, ids_RT: Tensor) -> Tensor:
+        """What the hook point emits, fp32 `[R, T, D]`; nothing after it is computed."""
+        seen: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            seen.append(hidden)
+            raise _Reached
+
+        with _hooked(self._module, self.hook, keep), contextlib.suppress(_Reached):
+            self.model(input_ids=ids_RT.to(self.device), use_cache=False)
+        return seen[0].float()
+
+    @torch.no_grad()
+    def logits(self, ids_RT: Tensor, replace: Replace | None = None) -> Tensor:
+        """The model's logits, fp32 `[R, T, V]`, with the hook's output replaced by `replace` of it."""
+        if replace is None:
+            return self.model(input_ids=ids_RT.to(self.device), use_cache=False).logits.float()
+        with _hooked(self._module, self.hook, replace):
+            return self.model(input_ids=ids_RT.to(self.device), use_cache=False).logits.float()
+
+
+def load_language_model(config: ModelConfig, device: str | torch.device = "cpu") -> LanguageModel:
+    """Load `config.name` (`embedded`, a folder, or a Hub id) for reading at its hook point.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no such layer; the message names the field.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    path = model_path(config.name)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model.name: cannot load {config.name!r}; accepted are 'embedded', a folder in Hugging Face format, or a "
+            f"Hub id: {error}"
+        ) from error
+    return LanguageModel(model.to(device).eval().requires_grad_(False), tokenizer, layer=config.layer, hook=config.hook)
+
+
+def model_path(name: str) -> str:
+    """The folder of the embedded model, or the name itself."""
+    return str(files("c2r") / "assets" / "embedded") if name == "embedded" else name
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        ValueError: not a device, or not one that is here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"train.device: got {name!r}, which cannot be used here; accepted: auto, cpu, cuda, cuda:0… "
+                         f"({str(error).splitlines()[0]})") from error  # fmt: skip
+    return device
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder blocks: the one ModuleList that is as long as the model has layers."""
+    layers = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    if not lists:
+        raise ValueError(f"model.name: {type(model).__name__} has no list of {layers} blocks to hook into")
+    return lists[0]
+
+
+def _hooked_module(block: nn.Module, hook: Hook) -> nn.Module:
+    """The module whose input (`resid_pre`) or output the hook is, by the names inside the block."""
+    if hook in ("resid_pre", "resid_post"):
+        return block
+    children = dict(block.named_children())
+    # With a norm behind each branch, that norm's output is what the residual stream receives.
+    post_norms = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
+    if all(name in children for name in post_norms.values()):
+        return children[post_norms[hook]]
+    parts = ("attn", "attention") if hook == "attn_out" else ("mlp",)
+    found = [m for n, m in children.items() if any(part in n for part in parts) and "norm" not in n]
+    if len(found) != 1:
+        raise ValueError(f"model.hook: got {hook!r}, but the block has no single such part; it has {list(children)}")
+    return found[0]
+
+
+class _hooked:
+    """While entered, the hooked tensor passes through `function`, whose result takes its place."""
+
+    def __init__(self, module: nn.Module, hook: Hook, function: Replace) -> None:
+        self.module, self.hook, self.function = module, hook, function
+
+    def __enter__(self) -> None:
+        if self.hook == "resid_pre":
+            self.handle = self.module.register_forward_pre_hook(self._before, with_kwargs=True)
+        else:
+            self.handle = self.module.register_forward_hook(self._after)
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (self._apply(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._apply(kwargs["hidden_states"])}
+
+    def _after(self, _: nn.Module, __: Any, output: Any) -> Any:
+        return (self._apply(output[0]), *output[1:]) if isinstance(output, tuple) else self._apply(output)
+
+    def _apply(self, hidden: Tensor) -> Tensor:
+        return self.function(hidden).to(hidden.dtype)

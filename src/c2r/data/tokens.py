@@ -1,0 +1,127 @@
+"""Documents packed into rows of token ids: every token once, none lost, in an order fixed by the seed.
+
+R rows · T positions in a context.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from c2r.config import DataConfig
+from c2r.data.text import (
+    file_documents,
+    file_paths,
+    hf_documents,
+    spelling_documents,
+    stdlib_documents,
+    vocabulary_words,
+)
+
+
+class Rows(NamedTuple):
+    """A batch of packed rows."""
+
+    ids: Tensor
+    """Token ids `[R, T]`; a row opens with BOS where the tokenizer has one, and the last may end in padding."""
+    real: Tensor
+    """Bool `[R, T]`: neither BOS, EOS nor padding."""
+
+
+def documents(config: DataConfig, seed: int, *, held_out: bool = False) -> Iterable[str]:
+    """The documents of the configured source.
+
+    `held_out` asks for text to evaluate on: for `stdlib` the files that neither the embedded model nor an SAE is
+    trained on, for other sources another order of the same text (give an evaluation split to do better).
+    """
+    if config.source == "stdlib":
+        return stdlib_documents(seed, held_out=held_out)
+    if config.source == "files":
+        return file_documents(config.path or "", config.text_field, seed)
+    return hf_documents(config.path or "", config.split, config.text_field, config.name, seed)
+
+
+def check_source(config: DataConfig) -> None:
+    """Find what is wrong with the source before a model is loaded.
+
+    Raises:
+        ValueError: missing files, or a source whose every document is empty.
+    """
+    if config.source == "files":
+        file_paths(config.path or "")
+    if next(iter(documents(config, 0)), None) is None:
+        raise ValueError(f"data.{'path' if config.path else 'source'}: {config.path or config.source} holds no text")
+
+
+def packed_rows(
+    config: DataConfig, tokenizer: Any, *, seed: int = 0, rows: int = 32, held_out: bool = False, epochs: int | None = 1
+) -> Iterator[Rows]:
+    """Batches of up to `rows` rows of `config.context` tokens.
+
+    Documents are joined, EOS between them, and cut into rows; spelling lists come in between until they make up
+    `config.words` of the tokens. An epoch is one pass over the source, its end padded; None goes on without end.
+
+    Raises:
+        ValueError: the source has no text, or `words` > 0 and the tokenizer knows too few whole words.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    special = {i for i in (bos, eos, tokenizer.pad_token_id) if i is not None}
+    filler = next((i for i in (tokenizer.pad_token_id, eos, bos) if i is not None), 0)
+    opening = [] if bos is None else [bos]
+    room = config.context - len(opening)
+    lists = spelling_lists(config, tokenizer, seed)
+    for epoch in itertools.count() if epochs is None else range(epochs):
+        texts = documents(config, seed + epoch, held_out=held_out)
+        tokens = itertools.chain.from_iterable(_token_lists(texts, lists, config.words, tokenizer, eos))
+        empty = True
+        while batch := list(itertools.islice(_cut(tokens, room), rows)):
+            empty = False
+            lengths = torch.tensor([[len(opening) + len(row)] for row in batch])
+            ids = torch.tensor([opening + row + [filler] * (room - len(row)) for row in batch])
+            real = torch.arange(config.context) < lengths
+            for token in special:
+                real &= ids != token
+            yield Rows(ids, real)
+        if empty:
+            raise ValueError(f"data.source: {config.path or config.source} holds no text; nothing to train on")
+
+
+def spelling_lists(config: DataConfig, tokenizer: Any, seed: int) -> Iterator[str]:
+    """The spelling lists that `config.words` asks for.
+
+    Raises:
+        ValueError: the tokenizer has fewer than 200 whole words.
+    """
+    if config.words == 0:
+        return iter(())
+    words = vocabulary_words(tokenizer)
+    if len(words) < 200:
+        raise ValueError(
+            f"data.words: got {config.words}, but the tokenizer has only {len(words)} whole words; use words: 0"
+        )
+    return spelling_documents(words, seed)
+
+
+def _token_lists(
+    texts: Iterable[str], lists: Iterator[str], share: float, tokenizer: Any, eos: int | None
+) -> Iterator[list[int]]:
+    end = [] if eos is None else [eos]
+    encode: Callable[[str], list[int]] = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"] + end  # noqa: E731
+    total = spelled = 0
+    for text in texts:
+        ids = encode(text)
+        total += len(ids)
+        yield ids
+        while spelled < share * total:
+            ids = encode(next(lists))
+            total, spelled = total + len(ids), spelled + len(ids)
+            yield ids
+
+
+def _cut(tokens: Iterator[int], size: int) -> Iterator[list[int]]:
+    while row := list(itertools.islice(tokens, size)):
+        yield row

@@ -1,0 +1,238 @@
+"""Core evaluation: fidelity, sparsity and health of SAEs on text, with sums in float64.
+
+Positions that are BOS, EOS or padding are left out throughout: they are not reconstructed, not ablated and not
+scored. SAEs are evaluated in their inference form (batch-top-k with its learned threshold).
+
+R rows · T positions in a context · D width of the activations · F latents · V vocabulary · n real tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from c2r.data.harvest import LanguageModel
+from c2r.data.tokens import Rows
+from c2r.eval.results import Histogram, Metrics, histogram
+from c2r.eval.splitting import Cofiring
+from c2r.neighbors import nearest_neighbors
+from c2r.sae.base import SAE
+
+_SUMS: tuple[str, ...] = (
+    "square",
+    "error",
+    "cosine",
+    "norm_in",
+    "norm_out",
+    "norm_ratio",
+    "inner",
+    "hat_square",
+    "l0",
+    "l1",
+)
+_CATEGORIES = {
+    "reconstruction_quality": ("explained_variance", "explained_variance_legacy", "fvu", "mse", "cossim"),
+    "shrinkage": ("l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias"),
+    "sparsity": ("l0", "l1"),
+    "misc_metrics": (
+        "freq_over_1_percent",
+        "freq_over_10_percent",
+        "normalized_freq_over_1_percent",
+        "normalized_freq_over_10_percent",
+        "average_max_encoder_cosine_sim",
+        "average_max_decoder_cosine_sim",
+        "frac_alive",
+    ),
+}
+
+
+class CoreResult(NamedTuple):
+    """The core evaluation of one SAE."""
+
+    core: Metrics
+    """In SAEBench's categories."""
+    splitting: dict[str, float]
+    """Nearest-neighbour cosines of alive latents and how neighbours co-fire (see `c2r.eval.splitting`)."""
+    histograms: dict[str, Histogram]
+    """What is drawn: `log10_density` (dead latents left out), `max_cos` and `phi` of alive latents."""
+
+
+class Fidelity:
+    """Running sums over tokens that give every figure of reconstruction, sparsity and density of one SAE."""
+
+    def __init__(self, width: int, d_in: int) -> None:
+        self.tokens = 0
+        self.sum_D = torch.zeros(d_in, dtype=torch.float64)
+        self.sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
+        self.legacy_error, self.legacy_batches = 0.0, 0
+        self.fired_F = torch.zeros(width, dtype=torch.float64)
+
+    def add(self, x_nD: Tensor, x_hat_nD: Tensor, acts_nF: Tensor) -> None:
+        """Count one batch of tokens."""
+        x, x_hat = x_nD.double(), x_hat_nD.double()
+        error_n, square_n = (x - x_hat).square().sum(1), x.square().sum(1)
+        self.tokens += len(x)
+        self.sum_D += x.sum(0).cpu()
+        parts = {
+            "square": square_n,
+            "error": error_n,
+            "cosine": F.cosine_similarity(x, x_hat, dim=1),
+            "norm_in": square_n.sqrt(),
+            "norm_out": x_hat.norm(dim=1),
+            "norm_ratio": x_hat.norm(dim=1) / square_n.sqrt().clamp(min=1e-12),
+            "inner": (x * x_hat).sum(1),
+            "hat_square": x_hat.square().sum(1),
+            "l0": (acts_nF != 0).sum(1),
+            "l1": acts_nF.abs().sum(1, dtype=torch.float64),
+        }
+        for name, values in parts.items():
+            self.sums[name] += values.sum().item()
+        self.fired_F += (acts_nF != 0).sum(0).cpu()
+        # SAEBench 0.6.0's figure, kept for comparison with published tables: per token, against the batch's mean.
+        spread_n = (x - x.mean(0)).square().sum(1)
+        self.legacy_error += (1 - error_n / spread_n.clamp(min=1e-12)).mean().item()
+        self.legacy_batches += 1
+
+    def metrics(self) -> dict[str, float]:
+        """EV = 1 − Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ over all tokens; and the rest."""
+        n = self.tokens
+        mean = {name: value / n for name, value in self.sums.items()}
+        variance = mean["square"] - (self.sum_D / n).square().sum().item()
+        fvu = mean["error"] / variance if variance > 0 else float("nan")
+        return {
+            "tokens": n,
+            "explained_variance": 1 - fvu,
+            "fvu": fvu,
+            "explained_variance_legacy": self.legacy_error / self.legacy_batches,
+            "mse": mean["error"],
+            "cossim": mean["cosine"],
+            "l2_norm_in": mean["norm_in"],
+            "l2_norm_out": mean["norm_out"],
+            "l2_ratio": mean["norm_ratio"],
+            "relative_reconstruction_bias": mean["hat_square"] / mean["inner"] if mean["inner"] else float("nan"),
+            "l0": mean["l0"],
+            "l1": mean["l1"],
+            **self._densities(),
+        }
+
+    def _densities(self) -> dict[str, float]:
+        density_F, figures = self.density_F, {}
+        for percent in (1, 10):
+            frequent = density_F > percent / 100
+            share = density_F[frequent].sum() / density_F.sum().clamp(min=1e-12)
+            figures[f"freq_over_{percent}_percent"] = frequent.double().mean().item()
+            figures[f"normalized_freq_over_{percent}_percent"] = share.item()
+        return figures | {"frac_alive": (density_F > 0).double().mean().item()}
+
+    @property
+    def density_F(self) -> Tensor:
+        """P(z > 0) of each latent, `[F]`."""
+        return self.fired_F / self.tokens
+
+
+class Behaviour:
+    """Running sums of cross-entropy and KL against the clean model for one way of replacing the hook's output."""
+
+    def __init__(self) -> None:
+        self.ce = self.kl = 0.0
+        self.tokens = 0
+
+    def add(self, logits_RTV: Tensor, clean_RTV: Tensor, rows: Rows) -> None:
+        """Score the positions that are real and whose next token is real."""
+        ids = rows.ids.to(logits_RTV.device)
+        scored = (rows.real[:, :-1] & rows.real[:, 1:]).to(ids.device)
+        log_p, log_clean = (logits[:, :-1][scored].log_softmax(-1) for logits in (logits_RTV, clean_RTV))
+        self.ce += F.nll_loss(log_p, ids[:, 1:][scored], reduction="sum").double().item()
+        self.kl += (log_clean.exp() * (log_clean - log_p)).sum(-1).double().sum().item()
+        self.tokens += int(scored.sum())
+
+
+@torch.no_grad()
+def evaluate_core(
+    lm: LanguageModel,
+    saes: dict[str, SAE],
+    rows: Iterable[Rows],
+    *,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, CoreResult]:
+    """Evaluate SAEs on the same rows; the model's clean and zero-ablated passes are shared.
+
+    Raises:
+        ValueError: an SAE of another width than the model's activations, or rows without a real token.
+    """
+    for name, sae in saes.items():
+        if sae.d_in != lm.d_in:
+            raise ValueError(f"{name}: the SAE reads activations of width {sae.d_in}, the model's have {lm.d_in}")
+    clean, zero = Behaviour(), Behaviour()
+    fidelity = {name: Fidelity(sae.width, sae.d_in) for name, sae in saes.items()}
+    spliced = {name: Behaviour() for name in saes}
+    pairs = {name: Cofiring(sae.W_dec) for name, sae in saes.items()}
+    for part in rows:
+        real = part.real.to(lm.device)
+        if not real.any():
+            continue
+        clean_RTV = lm.logits(part.ids)
+        clean.add(clean_RTV, clean_RTV, part)
+        zero.add(lm.logits(part.ids, lambda h, real=real: h.masked_fill(real[..., None], 0)), clean_RTV, part)
+        x_RTD = lm.activations(part.ids)
+        for name, sae in saes.items():
+            acts_nF = sae.encode(x_RTD[real])
+            x_hat_nD = sae.decode(acts_nF)
+            fidelity[name].add(x_RTD[real], x_hat_nD, acts_nF)
+            pairs[name].add(acts_nF)
+            spliced[name].add(lm.logits(part.ids, _splice(x_hat_nD, real)), clean_RTV, part)
+        progress(int(part.real.sum()))
+    if clean.tokens == 0:
+        raise ValueError("data: the evaluation's text holds no token besides BOS, EOS and padding")
+    return {
+        name: CoreResult(
+            _in_categories(fidelity[name].metrics() | _neighbor_cosines(sae), spliced[name], clean, zero),
+            pairs[name].metrics(),
+            {"log10_density": histogram(fidelity[name].density_F.log10(), -6, 0)} | pairs[name].histograms(),
+        )
+        for name, sae in saes.items()
+    }
+
+
+def _neighbor_cosines(sae: SAE) -> dict[str, float]:
+    """Over all latents, dead ones too, as SAEBench has them."""
+    weights = {"encoder": sae.W_enc, "decoder": sae.W_dec}
+    return {f"average_max_{k}_cosine_sim": nearest_neighbors(w).cosine.mean().item() for k, w in weights.items()}
+
+
+def _splice(x_hat_nD: Tensor, real: Tensor) -> Callable[[Tensor], Tensor]:
+    def replace(hidden: Tensor) -> Tensor:
+        hidden = hidden.clone()
+        hidden[real] = x_hat_nD.to(hidden.dtype)
+        return hidden
+
+    return replace
+
+
+def _in_categories(figures: dict[str, float], sae: Behaviour, clean: Behaviour, zero: Behaviour) -> Metrics:
+    """SAEBench's categories and keys; a score is 1 for the clean model and 0 for zero ablation."""
+    n = clean.tokens
+    ce, ce_clean, ce_zero = sae.ce / n, clean.ce / n, zero.ce / n
+    kl, kl_zero = sae.kl / n, zero.kl / n
+    return {
+        "model_behavior_preservation": {
+            "kl_div_score": (kl_zero - kl) / kl_zero if kl_zero else float("nan"),
+            "kl_div_with_ablation": kl_zero,
+            "kl_div_with_sae": kl,
+        },
+        "model_performance_preservation": {
+            "ce_loss_score": (ce_zero - ce) / (ce_zero - ce_clean) if ce_zero != ce_clean else float("nan"),
+            "ce_loss_with_ablation": ce_zero,
+            "ce_loss_with_sae": ce,
+            "ce_loss_without_sae": ce_clean,
+        },
+        **{category: {name: figures[name] for name in names} for category, names in _CATEGORIES.items()},
+        "token_stats": {
+            "total_tokens_eval_reconstruction": clean.tokens,
+            "total_tokens_eval_sparsity_variance": int(figures["tokens"]),
+        },
+    }

@@ -1,0 +1,1 @@
+"""Files of other libraries, in and out."""

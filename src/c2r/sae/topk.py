@@ -1,0 +1,40 @@
+"""Selection of the top-k family: which pre-activations become activations.
+
+B tokens in a batch · F latents · N non-zeros in a batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from c2r.codes import Support
+
+_BELOW_CUT = 0.9
+
+
+class BatchTopK:
+    """The B·k largest positive pre-activations of a whole batch (Bussmann et al. 2024, arXiv 2412.06410).
+
+    A running floor a little below the last cut leaves a few B·k candidates, and the exact top-k runs on those
+    alone; where the floor left too few, it runs on everything. The set is the exact one either way.
+    """
+
+    def __init__(self) -> None:
+        self.floor: float | None = None
+
+    @torch.no_grad()
+    def select(self, pre_BF: Tensor, k: int) -> Support:
+        """Where the `B·k` largest positive entries of `pre_BF` are; fewer where fewer are positive."""
+        batch, width = pre_BF.shape
+        flat, total = pre_BF.flatten(), min(batch * k, pre_BF.numel())
+        candidates = None if self.floor is None else (flat > self.floor).nonzero().squeeze(1)
+        if candidates is not None and len(candidates) >= total:
+            values, among = flat[candidates].topk(total, sorted=False)
+            chosen = candidates[among]
+        else:
+            values, chosen = flat.topk(total, sorted=False)
+        cut = values.min().item()
+        self.floor = cut * _BELOW_CUT if cut > 0 else None
+        chosen = chosen[values > 0].sort().values
+        return Support(chosen % width, chosen // width, batch, width)

@@ -1,0 +1,1 @@
+"""Training: one SAE, a run of several, logs."""

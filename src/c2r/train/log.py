@@ -1,0 +1,62 @@
+"""What a run tells while it trains: a progress display, and metrics.jsonl, from which every curve can be redrawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+_SHOWN = {"loss": ".4f", "ev": ".3f", "l0": ".1f", "alive": ".2f", "penalty_ratio": ".3f"}
+
+
+class RunLog:
+    """Context of a training run; `step` is called once a step and writes every `every`-th."""
+
+    def __init__(self, path: Path, tokens: int, every: int, console: Console) -> None:
+        self.path, self.tokens, self.every = path, tokens, every
+        self.progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}% {task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            refresh_per_second=2,
+        )
+        self.tasks: dict[str, Any] = {}
+        self.file: IO[str] | None = None
+
+    def __enter__(self) -> RunLog:
+        self.file = self.path.open("w", encoding="utf-8")
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+        if self.file:
+            self.file.close()
+
+    def step(self, sae: str, step: int, tokens: int, seconds: float, measured: dict[str, Tensor], last: bool) -> None:
+        """Show and write what one SAE measured in a step; `tokens` and `seconds` are of the run so far."""
+        if sae not in self.tasks:
+            self.tasks[sae] = self.progress.add_task(sae, total=self.tokens, figures="")
+        if step % self.every and not last:
+            self.progress.update(self.tasks[sae], completed=tokens)
+            return
+        figures = {name: value.item() for name, value in measured.items()}
+        rate = tokens / max(seconds, 1e-9)
+        shown = " ".join(f"{_SHORT.get(name, name)} {figures[name]:{form}}" for name, form in _SHOWN.items())
+        self.progress.update(self.tasks[sae], completed=tokens, figures=f"{shown} {rate:,.0f} tok/s")
+        if self.file:
+            line = {"sae": sae, "step": step, "tokens": tokens, "seconds": round(seconds, 3), **figures}
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+
+
+_SHORT = {"penalty_ratio": "C²R/rec", "ev": "EV", "l0": "L0"}

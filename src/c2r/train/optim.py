@@ -1,0 +1,60 @@
+"""Schedules, initialisation and the constraint on decoder rows, as the published trainers have them.
+
+B tokens in a batch · D width of the activations · F latents.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from c2r.config import TrainConfig
+
+
+def warmup_steps(train: TrainConfig) -> int:
+    """Steps of linear warm-up: as configured, else 1000, else a twentieth of a short run."""
+    return min(1000, train.steps // 20) if train.warmup_steps is None else train.warmup_steps
+
+
+def learning_rate_factor(step: int, train: TrainConfig) -> float:
+    """Linear warm-up from 0, constant, linear decay to 0; `step` counts from 0."""
+    warmup, decay = warmup_steps(train), int(train.decay_from * train.steps)
+    if step < warmup:
+        return step / warmup
+    if step >= decay and decay < train.steps:
+        return (train.steps - step) / (train.steps - decay)
+    return 1.0
+
+
+def random_unit_rows(width: int, d_in: int, seed: int) -> Tensor:
+    """Random directions `[F, D]`, drawn on the CPU so that a seed means the same everywhere."""
+    rows_FD = torch.randn(width, d_in, generator=torch.Generator().manual_seed(seed))
+    return rows_FD / rows_FD.norm(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def geometric_median(x_BD: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
+    """The point of least summed distance to the rows `[D]`, by Weiszfeld's iteration from their mean."""
+    median_D = x_BD.mean(0)
+    for _ in range(iterations):
+        weight_B = 1 / (x_BD - median_D).norm(dim=1).clamp(min=torch.finfo(x_BD.dtype).tiny)
+        moved_D = (weight_B / weight_B.sum()) @ x_BD
+        settled = (moved_D - median_D).norm() < tolerance
+        median_D = moved_D
+        if settled:
+            break
+    return median_D
+
+
+@torch.no_grad()
+def project_gradient(W_dec_FD: Tensor) -> None:
+    """Take from the gradient of unit rows its part along them, which the renormalisation would undo."""
+    if W_dec_FD.grad is not None:
+        along_F1 = (W_dec_FD.grad * W_dec_FD).sum(1, keepdim=True)
+        W_dec_FD.grad.addcmul_(W_dec_FD, along_F1, value=-1)
+
+
+@torch.no_grad()
+def normalise_rows(W_dec_FD: Tensor) -> None:
+    """Set the rows to unit norm in place."""
+    W_dec_FD.div_(W_dec_FD.norm(dim=1, keepdim=True).clamp(min=torch.finfo(W_dec_FD.dtype).tiny))

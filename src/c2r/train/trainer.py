@@ -1,0 +1,127 @@
+"""A whole run: one stream of activations, any number of SAEs trained on it, their folders at the end."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from c2r.config import RunConfig
+from c2r.data.harvest import LanguageModel, load_language_model, pick_device
+from c2r.data.stream import ActivationStream
+from c2r.data.tokens import check_source, packed_rows
+from c2r.interop.saelens import hook_name, save_sae
+from c2r.penalty import lambda_of_strength, strength_of_lambda
+from c2r.train.log import RunLog
+from c2r.train.run import Run
+
+RUN_FILE, METRICS_FILE = "run.yaml", "metrics.jsonl"
+
+
+def train(config: RunConfig, *, overwrite: bool = False, console: Console | None = None) -> dict[str, Path]:
+    """Train the configured SAEs and return the folder of each.
+
+    Ctrl-C ends training early and saves the SAEs as they are, said so in their `cfg.json`.
+
+    Raises:
+        ValueError: anything wrong with the configuration that shows before training, an output folder that holds
+            something else, or activations or losses that are not finite.
+    """
+    console = console or Console(stderr=True)
+    check_source(config.data)
+    check_output(config.output, overwrite)
+    device = pick_device(config.train.device)
+    lm = load_language_model(config.model, device)
+    # Text is read as often as the configured tokens ask for, each pass in another order.
+    rows = packed_rows(config.data, lm.tokenizer, seed=config.seed, rows=config.stream.rows, epochs=None)
+    console.print(f"model {config.model.name}, {hook_name(config.model.layer, config.model.hook)}, width {lm.d_in}")
+    stream = ActivationStream(lm, rows, config.stream, seed=config.seed, device=device)
+    runs = [Run(sae, config.train, lm.d_in, seed=config.seed, device=device) for sae in config.saes]
+    _prepare_output(config)
+    done, interrupted = 0, False
+    with RunLog(config.output / METRICS_FILE, config.train.tokens, config.train.log_every, console) as log:
+        began = time.monotonic()
+        try:
+            for x_BD in stream.batches(config.train.batch, config.train.tokens):
+                done += len(x_BD)
+                for run in runs:
+                    measured = run.step(x_BD)
+                    last = done >= config.train.tokens
+                    log.step(run.config.name, run.step_number, done, time.monotonic() - began, measured, last)
+                    if not torch.isfinite(measured["loss"]):
+                        raise ValueError(
+                            f"saes.{run.config.name}: the loss is {measured['loss'].item()} at step {run.step_number}; "
+                            f"a lower train.lr (now {config.train.lr}) may help. Nothing was saved"
+                        )
+        except KeyboardInterrupt:
+            interrupted = True
+            console.print(f"[yellow]interrupted after {done:,} of {config.train.tokens:,} tokens; saving[/]")
+    state = {"tokens": done, "interrupted": interrupted, "scale": stream.scale, "median_norm": stream.median_norm}
+    return {run.config.name: _save(run, config, lm, stream.scale, state, console) for run in runs}
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds anything but a run that may be overwritten.
+
+    Raises:
+        ValueError: says what is there.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: {output} is a file; give a folder that is new or empty")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not (output / RUN_FILE).is_file():
+        held = ", ".join(sorted(path.name for path in output.iterdir())[:5])
+        raise ValueError(f"output: {output} holds something else ({held}); give a folder that is new or empty")
+    if not overwrite:
+        raise ValueError(f"output: {output} holds an earlier run; give another folder, or --overwrite to replace it")
+
+
+def _prepare_output(config: RunConfig) -> None:
+    """Clear what an earlier run left (`check_output` allowed it) and record the configuration as it was written."""
+    if (config.output / RUN_FILE).is_file():
+        for path in config.output.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    config.output.mkdir(parents=True, exist_ok=True)
+    written = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    (config.output / RUN_FILE).write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
+
+
+def _save(
+    run: Run, config: RunConfig, lm: LanguageModel, scale: float, state: dict[str, Any], console: Console
+) -> Path:
+    folder = config.output / run.config.name
+    metadata = {
+        "model_name": config.model.name,
+        "hook_name": hook_name(config.model.layer, config.model.hook),
+        "context_size": config.data.context,
+        "prepend_bos": lm.tokenizer.bos_token_id is not None,
+        "dataset_path": config.data.path or config.data.source,
+        "training_architecture": "batchtopk",
+    }
+    ours = {
+        "model": config.model.model_dump(mode="json"),
+        "data": config.data.model_dump(mode="json"),
+        "train": config.train.model_dump(mode="json"),
+        "sae": run.config.model_dump(mode="json", by_alias=True),
+        "state": {**state, **_both_units(run, config)},
+    }
+    save_sae(run.export(scale), folder, metadata=metadata, c2r=ours)
+    console.print(f"saved {folder}")
+    return folder
+
+
+def _both_units(run: Run, config: RunConfig) -> dict[str, float]:
+    """C²R's strength in both units, whichever was given."""
+    c2r, shape = run.config.c2r, {"batch": config.train.batch, "width": run.config.width}
+    if c2r is None:
+        return {}
+    if c2r.lam is not None:
+        return {"lambda": c2r.lam, "strength": strength_of_lambda(c2r.lam, alpha=c2r.alpha, **shape)}
+    strength = c2r.strength or 0.0
+    return {"lambda": lambda_of_strength(strength, alpha=c2r.alpha, **shape), "strength": strength}
