@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -55,7 +56,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END)
 
 
-def token_stream(tokenizer: PreTrainedTokenizerFast, words: list[str], spelling: float, seed: int) -> Iterator[int]:
+def token_stream(tokenizer: Any, words: list[str], spelling: float, seed: int) -> Iterator[int]:
     """Tokens without end: passes over the text, spelling lists making up their share, documents parted by END."""
     lists = spelling_documents(words, seed)
     total, spelled = 0, 0

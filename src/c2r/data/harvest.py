@@ -37,7 +37,8 @@ class LanguageModel:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, layer: int, hook: Hook) -> None:
-        self.model, self.tokenizer, self.layer, self.hook = model, tokenizer, layer, hook
+        self.model, self.tokenizer, self.layer = model, tokenizer, layer
+        self.hook: Hook = hook
         blocks = _blocks(model)
         if not 0 <= layer < len(blocks):
             raise ValueError(f"model.layer: got {layer}; the model has {len(blocks)} blocks, 0 to {len(blocks) - 1}")
@@ -95,7 +96,8 @@ def load_language_model(config: ModelConfig, device: str | torch.device = "cpu")
             f"model.name: cannot load {config.name!r}; accepted are 'embedded', a folder in Hugging Face format, or a "
             f"Hub id: {error}"
         ) from error
-    return LanguageModel(model.to(device).eval().requires_grad_(False), tokenizer, layer=config.layer, hook=config.hook)
+    model = model.to(torch.device(device)).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
+    return LanguageModel(model, tokenizer, layer=config.layer, hook=config.hook)
 
 
 def model_path(name: str) -> str:

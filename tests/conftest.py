@@ -1,0 +1,34 @@
+"""Offline, one thread (threads fight on small machines), shapes of public functions checked as they run."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jaxtyping
+
+jaxtyping.install_import_hook(["c2r.penalty", "c2r.neighbors", "c2r.sae"], "beartype.beartype")
+
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the run-time shape checks of tests, so that a wrong shape meets the library's own error."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random models of five families, made from configs and saved as any Hugging Face model is."""
+    from helpers import save_tiny_models
+
+    return save_tiny_models(tmp_path_factory.mktemp("models"))

@@ -1,0 +1,105 @@
+"""Neighbour search against brute force; the table's promise that every row is renewed within a cycle."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from c2r import neighbors
+from c2r.neighbors import NeighborTable, nearest_neighbors
+
+
+def brute_force(decoder: Tensor) -> tuple[Tensor, Tensor]:
+    unit = torch.nn.functional.normalize(decoder.double(), dim=1)
+    cosine = (unit @ unit.T).fill_diagonal_(-2)
+    return cosine.max(1).indices, cosine.max(1).values
+
+
+@pytest.mark.parametrize("width", [2, 3, 16, 17, 50, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exact_search_across_tiles(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbors, "TILE", 16)
+    decoder = torch.randn(width, 6, generator=torch.Generator().manual_seed(width), dtype=dtype)
+    index, cosine = brute_force(decoder)
+    found = nearest_neighbors(decoder)
+    assert torch.equal(found.index, index)
+    torch.testing.assert_close(found.cosine.double(), cosine, rtol=0, atol=1e-6)
+
+
+def test_no_gradient_is_recorded_and_low_precision_is_searched_in_fp32() -> None:
+    decoder = torch.randn(9, 4, dtype=torch.bfloat16, requires_grad=True)
+    found = nearest_neighbors(decoder)
+    assert not found.cosine.requires_grad
+    assert found.cosine.dtype == torch.float32
+
+
+def test_zero_rows_and_ties() -> None:
+    decoder = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    found = nearest_neighbors(decoder)
+    assert found.cosine.tolist() == [0, 1, 1, 1]
+    assert all(i != j for i, j in enumerate(found.index.tolist()))
+
+
+def test_chunked_search_looks_inside_a_chunk_only() -> None:
+    decoder = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    found = nearest_neighbors(decoder, mode="chunked", chunk=8, generator=torch.Generator().manual_seed(5))
+    unit = torch.nn.functional.normalize(decoder, dim=1)
+    for members in torch.randperm(40, generator=torch.Generator().manual_seed(5)).split(8):
+        cosine = (unit[members] @ unit[members].T).fill_diagonal_(-2)
+        assert torch.equal(found.index[members], members[cosine.max(1).indices])
+    exact = nearest_neighbors(decoder)
+    assert (found.cosine <= exact.cosine + 1e-6).all()
+    assert (found.index != exact.index).float().mean() > 0.5
+    whole = nearest_neighbors(decoder, mode="chunked", chunk=8192)
+    assert torch.equal(whole.index, exact.index)
+
+
+def test_a_chunk_of_one_has_no_neighbour() -> None:
+    found = nearest_neighbors(torch.ones(9, 2), mode="chunked", chunk=4, generator=torch.Generator().manual_seed(0))
+    alone = found.index == torch.arange(9)
+    assert alone.sum() == 1
+    assert found.cosine[alone].item() == 0
+
+
+def test_lagged_table_is_exact_first_and_again_after_a_cycle() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, after = (torch.randn(50, 6, generator=generator) for _ in range(2))
+    table = NeighborTable("lagged", cycle=8)
+    assert torch.equal(table.refresh(before), brute_force(before)[0])
+    stale = [int((table.refresh(after) != brute_force(after)[0]).sum()) for _ in range(8)]
+    assert stale == sorted(stale, reverse=True)
+    assert stale[0] > 0
+    assert stale[-1] == 0
+
+
+def test_a_refresh_leaves_the_last_result_alone() -> None:
+    table = NeighborTable("lagged", cycle=1)
+    first = table.refresh(torch.randn(8, 3))
+    kept = first.clone()
+    table.refresh(torch.randn(8, 3))
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("mode", ["lagged", "chunked"])
+def test_a_restored_table_goes_on_the_same(mode: str) -> None:
+    decoders = torch.randn(6, 30, 5, generator=torch.Generator().manual_seed(1))
+    table = NeighborTable(mode, cycle=4, chunk=8, seed=3)  # type: ignore[arg-type]
+    for decoder in decoders[:3]:
+        table.refresh(decoder)
+    other = NeighborTable(mode, cycle=4, chunk=8, seed=9)  # type: ignore[arg-type]
+    other.load_state_dict(table.state_dict())
+    for decoder in decoders[3:]:
+        assert torch.equal(other.refresh(decoder), table.refresh(decoder))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [({"mode": "approximate"}, "mode"), ({"mode": "chunked", "chunk": 1}, "chunk")],
+)
+def test_wrong_arguments(arguments: dict[str, object], says: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=says):
+        nearest_neighbors(torch.ones(4, 2), **arguments)  # type: ignore[arg-type]
+
+
+def test_one_latent_has_no_pair() -> None:
+    with pytest.raises(ValueError, match="F ≥ 2"):
+        nearest_neighbors(torch.ones(1, 3))
