@@ -141,7 +141,12 @@ def _hooked_module(block: nn.Module, hook: Hook) -> nn.Module:
     if all(name in children for name in post_norms.values()):
         return children[post_norms[hook]]
     parts = ("attn", "attention") if hook == "attn_out" else ("mlp",)
-    found = [m for n, m in children.items() if any(part in n for part in parts) and "norm" not in n]
+    apart = ("norm", "dropout")
+    found = [
+        module
+        for name, module in children.items()
+        if any(part in name for part in parts) and not any(other in name for other in apart)
+    ]
     if len(found) != 1:
         raise ValueError(f"model.hook: got {hook!r}, but the block has no single such part; it has {list(children)}")
     return found[0]

@@ -1,0 +1,225 @@
+"""Core metrics against closed forms: a mean predictor has EV 0, the identity 1, and so on."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from c2r.config import DataConfig, ModelConfig
+from c2r.data.harvest import LanguageModel, load_language_model
+from c2r.data.tokens import Rows, packed_rows
+from c2r.eval.core import CoreResult, Fidelity, evaluate_core
+from c2r.eval.probes import f1_per_class, one_vs_rest_probe
+from c2r.eval.results import histogram, write_json
+from c2r.eval.splitting import Cofiring, random_floor
+from c2r.sae.base import SAE
+from helpers import TEXT, tiny_tokenizer
+
+
+def fidelity(x: Tensor, x_hat: Tensor, acts: Tensor | None = None, parts: int = 3) -> dict[str, float]:
+    """Metrics from uneven batches, so that what is per batch and what is over all tokens differ."""
+    acts = torch.ones(len(x), 2) if acts is None else acts
+    counted = Fidelity(acts.shape[1], x.shape[1])
+    cuts = [0, 1 + len(x) // 10, *[len(x) * i // parts for i in range(1, parts)], len(x)]
+    for start, stop in itertools.pairwise(sorted(cuts)):
+        counted.add(x[start:stop], x_hat[start:stop], acts[start:stop])
+    return counted.metrics()
+
+
+def data(n: int = 500, d: int = 7) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(0)) * torch.arange(1, d + 1) + 5
+
+
+def test_identity_mean_and_zero_predictors() -> None:
+    x = data()
+    identity = fidelity(x, x)
+    assert identity["explained_variance"] == pytest.approx(1)
+    assert (identity["mse"], identity["cossim"], identity["l2_ratio"]) == pytest.approx((0, 1, 1))
+    assert identity["relative_reconstruction_bias"] == pytest.approx(1)
+    mean = fidelity(x, x.mean(0).expand_as(x))
+    assert mean["explained_variance"] == pytest.approx(0, abs=1e-6)
+    zero = fidelity(x, torch.zeros_like(x))
+    assert zero["fvu"] == pytest.approx((x.square().sum() / (x - x.mean(0)).square().sum()).item())
+    assert zero["mse"] == pytest.approx(x.square().sum(1).mean().item())
+
+
+def test_known_noise_and_shrinkage() -> None:
+    x = data(20000)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    expected = 1 - noise.square().sum() / (x - x.mean(0)).square().sum()
+    assert fidelity(x, x + noise)["explained_variance"] == pytest.approx(expected.item(), abs=1e-5)
+    assert fidelity(x, x + noise)["mse"] == pytest.approx(7, rel=0.02)
+    half = fidelity(x, 0.5 * x)
+    assert (half["l2_ratio"], half["relative_reconstruction_bias"]) == pytest.approx((0.5, 0.5))
+    assert half["cossim"] == pytest.approx(1)
+
+
+def test_sparsity_density_and_alive() -> None:
+    acts = torch.zeros(100, 4)
+    acts[:50, 0] = 2.0
+    acts[:5, 1] = 1.0
+    acts[0, 2] = 3.0
+    found = fidelity(data(100), data(100), acts)
+    assert found["l0"] == pytest.approx(0.56)
+    assert found["l1"] == pytest.approx(1.08)
+    assert found["frac_alive"] == 0.75
+    assert found["freq_over_1_percent"] == 0.5
+    assert found["freq_over_10_percent"] == 0.25
+    assert found["normalized_freq_over_10_percent"] == pytest.approx(50 / 56)
+
+
+class PassThrough(SAE):
+    """An SAE whose reconstruction is x, 0 or any other function of x."""
+
+    def __init__(self, d: int, scale: float) -> None:
+        rows = torch.eye(d)
+        super().__init__(rows, torch.zeros(d), rows, torch.zeros(d), architecture="standard")
+        self.scale = scale
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Rows]:
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_text(TEXT * 3)
+    return list(packed_rows(DataConfig(source="files", path=str(path), context=24), tiny_tokenizer(), rows=4))
+
+
+@pytest.mark.parametrize("hook", ["resid_post", "mlp_out"])
+def test_cross_entropy_and_kl_recovered(tiny_models: dict[str, Path], rows: list[Rows], hook: str) -> None:
+    lm = load_language_model(ModelConfig(name=str(tiny_models["llama"]), layer=1, hook=hook))  # type: ignore[arg-type]
+    saes = {"identity": PassThrough(16, 1.0), "zero": PassThrough(16, 0.0), "half": PassThrough(16, 0.9)}
+    results = evaluate_core(lm, saes, rows)
+    behaviour = {
+        n: r.core["model_performance_preservation"] | r.core["model_behavior_preservation"] for n, r in results.items()
+    }
+    assert behaviour["identity"]["ce_loss_score"] == pytest.approx(1, abs=1e-6)
+    assert behaviour["identity"]["kl_div_score"] == pytest.approx(1, abs=1e-6)
+    assert behaviour["zero"]["ce_loss_score"] == pytest.approx(0, abs=1e-6)
+    assert behaviour["zero"]["kl_div_score"] == pytest.approx(0, abs=1e-6)
+    assert behaviour["half"]["kl_div_with_sae"] > 0
+    assert results["identity"].core["reconstruction_quality"]["explained_variance"] == pytest.approx(1)
+    # The clean cross-entropy is the model's own over the positions that count.
+    total = count = 0.0
+    for part in rows:
+        log_p = lm.model(part.ids).logits.log_softmax(-1)
+        for r, t in (part.real[:, :-1] & part.real[:, 1:]).nonzero().tolist():
+            total -= log_p[r, t, part.ids[r, t + 1]].item()
+            count += 1
+    assert behaviour["half"]["ce_loss_without_sae"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_special_positions_are_left_alone(tiny_models: dict[str, Path], rows: list[Rows]) -> None:
+    lm = load_language_model(ModelConfig(name=str(tiny_models["llama"]), layer=1))
+    seen: list[Tensor] = []
+    original = LanguageModel.logits
+
+    def watch(self: LanguageModel, ids: Tensor, replace=None) -> Tensor:  # type: ignore[no-untyped-def]
+        if replace is not None:
+            before = self.activations(ids)
+            seen.append((replace(before) == before).all(-1))
+        return original(self, ids, replace)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LanguageModel, "logits", watch)
+        evaluate_core(lm, {"zero": PassThrough(16, 0.0)}, rows[:1])
+    for kept in seen:
+        assert torch.equal(kept, ~rows[0].real)
+
+
+def test_an_sae_of_another_width_is_refused(tiny_models: dict[str, Path], rows: list[Rows]) -> None:
+    lm = load_language_model(ModelConfig(name=str(tiny_models["llama"]), layer=1))
+    with pytest.raises(ValueError, match="width 8, the model's have 16"):
+        evaluate_core(lm, {"x": PassThrough(8, 1.0)}, rows)
+
+
+def test_sae_bench_finds_every_key_it_requires(tiny_models: dict[str, Path], rows: list[Rows]) -> None:
+    lm = load_language_model(ModelConfig(name=str(tiny_models["llama"]), layer=1))
+    result: CoreResult = evaluate_core(lm, {"x": PassThrough(16, 1.0)}, rows)["x"]
+    required = {  # SAEBench 0.6.0, evals/core/eval_output.py
+        "model_behavior_preservation": {"kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"},
+        "model_performance_preservation": {
+            "ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae",
+        },
+        "reconstruction_quality": {"explained_variance", "explained_variance_legacy", "mse", "cossim"},
+        "shrinkage": {"l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias"},
+        "sparsity": {"l0", "l1"},
+        "token_stats": {"total_tokens_eval_reconstruction", "total_tokens_eval_sparsity_variance"},
+        "misc_metrics": {
+            "freq_over_1_percent", "freq_over_10_percent", "normalized_freq_over_1_percent",
+            "normalized_freq_over_10_percent", "average_max_encoder_cosine_sim", "average_max_decoder_cosine_sim",
+            "frac_alive",
+        },
+    }  # fmt: skip
+    assert set(result.core) == set(required)
+    for category, keys in required.items():
+        assert keys <= set(result.core[category])
+
+
+# Nearest neighbours
+
+
+def test_cofiring_by_hand() -> None:
+    decoder = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [-1.0, -1.0]])
+    fires = torch.zeros(8, 5)
+    fires[:4, 0] = fires[:4, 1] = 1.0  # always together: φ = 1
+    fires[:4, 2] = fires[4:, 3] = 1.0  # never together, one always on: φ = −1
+    counted = Cofiring(decoder)
+    for part in fires.split(3):
+        counted.add(part)
+    phi = counted.phi()
+    assert phi[:4].tolist() == pytest.approx([1, 1, -1, -1])
+    assert math.isnan(phi[4])
+    assert counted.metrics()["neighbor_phi_mean"] == pytest.approx(0)
+    cosine = 0.9 / math.sqrt(0.82)
+    assert counted.max_cos().tolist() == pytest.approx([cosine] * 4)  # the dead latent is left out
+    assert counted.metrics()["max_cos_share_over_0_9"] == 1
+    assert counted.metrics()["max_cos_mean"] == pytest.approx(cosine)
+
+
+def test_random_floor_is_about_what_random_directions_have() -> None:
+    decoder = torch.randn(4096, 512, generator=torch.Generator().manual_seed(0))
+    counted = Cofiring(decoder)
+    counted.add(torch.ones(1, 4096))
+    found = counted.metrics()
+    assert found["max_cos_mean"] == pytest.approx(random_floor(4096, 512), rel=0.15)
+    assert found["max_cos_random_floor"] == pytest.approx(0.18, abs=0.005)
+
+
+# The ground-truth probe, and files
+
+
+def test_probe_finds_planted_directions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 5
+    x = torch.randn(5, 12, generator=generator)[labels] * 3 + 0.3 * torch.randn(400, 12, generator=generator)
+    probe = one_vs_rest_probe(x[:300], labels[:300], 5)
+    assert (f1_per_class(probe, x[300:], labels[300:]) > 0.97).all()
+    noise = torch.randn(400, 12, generator=generator)
+    probe = one_vs_rest_probe(noise[:300], labels[:300], 5)
+    assert f1_per_class(probe, noise[300:], labels[300:]).mean() < 0.5
+
+
+def test_probe_without_an_example_of_a_class() -> None:
+    with pytest.raises(ValueError, match=r"classes \[2\] have no sample"):
+        one_vs_rest_probe(torch.ones(4, 2), torch.tensor([0, 1, 0, 1]), 3)
+
+
+def test_json_has_no_nan_and_is_whole_or_absent(tmp_path: Path) -> None:
+    write_json(tmp_path / "a" / "x.json", {"a": float("nan"), "b": [1.0, float("inf")]})
+    assert json.loads((tmp_path / "a" / "x.json").read_text()) == {"a": None, "b": [1.0, None]}
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a" / "x.json", {"a": object()})
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["x.json"]
+    assert json.loads((tmp_path / "a" / "x.json").read_text())["a"] is None
+
+
+def test_histogram_counts_every_finite_value() -> None:
+    counts = histogram(torch.tensor([-5.0, 0.0, 0.49, 0.51, 1.0, 9.0, float("nan"), -math.inf]), 0, 1, bins=2)["counts"]
+    assert counts == [3, 3]
