@@ -68,11 +68,11 @@ def write_corpus(folder: Path, repeats: int = 40) -> Path:
     return folder
 
 
-def run_config(output: Path, model: Path | str, corpus: Path, **changes: Any) -> RunConfig:
+def run_config(output: Path, language_model: Path | str, corpus: Path, **changes: Any) -> RunConfig:
     """A run of seconds: two SAEs of 32 latents; `changes` replace whole sections."""
     raw: dict[str, Any] = {
         "output": str(output),
-        "model": {"name": str(model), "layer": 1},
+        "model": {"name": str(language_model), "layer": 1},
         "data": {"source": "files", "path": str(corpus), "context": 16},
         "stream": {"buffer_tokens": 512, "rows": 8, "max_norm_multiple": None},
         "train": {"tokens": 2560, "batch": 128, "lr": 1e-3, "precision": "float32", "device": "cpu"},

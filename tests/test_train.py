@@ -1,0 +1,377 @@
+"""Training from text to an SAE folder, for five model families; saving, loading, interrupts and refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import c2r
+from c2r.config import ConsistencyConfig, SAEConfig, TrainConfig
+from c2r.data.harvest import load_language_model
+from c2r.data.tokens import packed_rows
+from c2r.eval.suite import evaluate, model_of
+from c2r.interop import saelens
+from c2r.interop.saelens import load_sae, save_sae
+from c2r.neighbors import nearest_neighbors
+from c2r.sae.base import SAE
+from c2r.train import trainer
+from c2r.train.optim import geometric_median, learning_rate_factor
+from c2r.train.run import Run
+from c2r.train.trainer import train
+from helpers import CONFIGS, run_config, write_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+# The whole way
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_text_to_evaluated_sae(family: str, tiny_models: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    config = run_config(tmp_path / "run", tiny_models[family], corpus)
+    folders = train(config)
+    assert {path.name for path in folders.values()} == {"baseline", "c2r"}
+    results = evaluate(list(folders.values()), tokens=300)
+    for name in folders:
+        core = json.loads((tmp_path / "run" / "evaluations" / f"{name}_core.json").read_text())
+        assert core["eval_type_id"] == "core"
+        assert core["eval_result_metrics"]["reconstruction_quality"]["explained_variance"] > 0.2
+        assert core["sae_cfg_dict"]["d_sae"] == 32
+        splitting = json.loads((tmp_path / "run" / "evaluations" / f"{name}_splitting.json").read_text())
+        assert splitting["eval_result_metrics"]["splitting"]["max_cos_mean"] == results[name].splitting["max_cos_mean"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["sae"] for line in lines} == {"baseline", "c2r"}
+    assert lines[-1]["tokens"] == 2560
+    assert lines[-1]["penalty_ratio"] > 0
+
+
+def test_training_is_deterministic_and_pairs_share_their_start(
+    tiny_models: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    again = [train(run_config(tmp_path / name, tiny_models["llama"], corpus)) for name in ("a", "b")]
+    for name in ("baseline", "c2r"):
+        first, second = (load_file(folders[name] / saelens.WEIGHTS) for folders in again)
+        for key, tensor in first.items():
+            assert torch.equal(tensor, second[key])
+    config = run_config(tmp_path / "c", tiny_models["llama"], corpus)
+    one, two = (Run(sae, config.train, 16, seed=0) for sae in config.saes)
+    assert torch.equal(one.sae.W_dec, two.sae.W_dec)
+
+
+def test_recorded_run_can_be_run_again(tiny_models: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    config = run_config(tmp_path / "run", tiny_models["llama"], corpus)
+    train(config)
+    assert c2r.load_config(tmp_path / "run" / "run.yaml") == config
+
+
+# The step
+
+
+def planted(seed: int, d_in: int = 32, features: int = 48, active: int = 4, tokens: int = 512) -> torch.Tensor:
+    """Sparse sums of fixed unit directions, mean square norm 1."""
+    directions = torch.nn.functional.normalize(torch.randn(features, d_in, generator=torch.Generator().manual_seed(0)))
+    generator = torch.Generator().manual_seed(seed)
+    on = torch.rand(tokens, features, generator=generator) < active / features
+    x = (on * (0.5 + torch.rand(tokens, features, generator=generator))) @ directions
+    return x / x.square().sum(1).mean().sqrt()
+
+
+def trained(steps: int = 400, precision: str = "float32", **changes: Any) -> Run:
+    settings = {"name": "x", "width": 96, "k": 4} | changes
+    settings_train = TrainConfig(tokens=steps * 512, batch=512, lr=2e-3, precision=precision, warmup_steps=10)  # type: ignore[arg-type]
+    run = Run(SAEConfig(**settings), settings_train, 32, seed=0)
+    for step in range(steps):
+        run.step(planted(step + 1))
+    return run
+
+
+def test_inference_l0_is_k_on_fresh_activations() -> None:
+    sae = trained().export()
+    l0 = (sae.encode(planted(10**6, tokens=4096)) > 0).sum(1).float().mean().item()
+    assert l0 == pytest.approx(4, rel=0.1)
+
+
+def test_c2r_lowers_the_cosines_it_is_given() -> None:
+    plain, pressed = trained(), trained(c2r=ConsistencyConfig(strength=2.0))
+    cosine = [nearest_neighbors(run.sae.W_dec.detach()).cosine.mean().item() for run in (plain, pressed)]
+    assert cosine[1] < 0.85 * cosine[0]
+
+
+def test_bfloat16_product_trains_to_the_same_quality() -> None:
+    x = planted(10**6, tokens=4096)
+    error = [(run.export()(x) - x).square().sum(1).mean().item() for run in (trained(), trained(precision="bfloat16"))]
+    assert error[1] == pytest.approx(error[0], rel=0.1)
+
+
+def test_decoder_rows_stay_at_unit_norm_and_silent_latents_are_counted() -> None:
+    run = trained(steps=20, dead_after_tokens=1024)
+    torch.testing.assert_close(run.sae.W_dec.norm(dim=1), torch.ones(96))
+    assert run.silent_tokens_F.max() <= 20 * 512
+    assert torch.equal(run.dead_F, run.silent_tokens_F >= 1024)
+
+
+def test_aux_k_revives_dead_latents_through_encoder_and_decoder() -> None:
+    alive = {}
+    for coefficient in (0.0, 1 / 32):
+        run = Run(
+            SAEConfig(name="x", width=96, k=4, k_anneal=0, dead_after_tokens=2048, aux_coefficient=coefficient),
+            TrainConfig(tokens=600 * 512, batch=512, lr=2e-3, precision="float32"),
+            32,
+        )
+        run.sae.b_enc.data[48:] = -0.4  # half of the latents are positive at times, and never among the top
+        before = run.sae.W_enc.data[48:].clone()
+        for step in range(600):
+            run.step(planted(step + 1))
+        alive[coefficient] = 1 - run.dead_F.float().mean().item()
+        if coefficient == 0:
+            assert torch.equal(run.sae.W_enc.data[48:], before)
+    assert alive[1 / 32] > alive[0.0] + 0.2
+
+
+def test_c2r_is_applied_at_its_steps_and_multiplied_by_the_interval() -> None:
+    every = Run(SAEConfig(name="x", width=96, k=4, c2r=ConsistencyConfig(strength=1, every=3, start=2)),
+                TrainConfig(tokens=5120, batch=512), 32)  # fmt: skip
+    applied = [every.step(planted(i))["c2r"].item() > 0 for i in range(9)]
+    assert applied == [False, False, True, False, False, True, False, False, True]
+    once, thrice = (
+        Run(SAEConfig(name="x", width=96, k=4, c2r=ConsistencyConfig(strength=1, every=n)),
+            TrainConfig(tokens=5120, batch=512), 32).step(planted(0))["c2r"]
+        for n in (1, 3)
+    )  # fmt: skip
+    assert thrice.item() == pytest.approx(3 * once.item())
+
+
+def test_both_units_of_the_strength_are_the_same_run() -> None:
+    lam = c2r.lambda_of_strength(0.9, batch=512, width=96)
+    runs = [
+        trained(5, c2r=ConsistencyConfig(strength=0.9)),
+        trained(5, c2r=ConsistencyConfig.model_validate({"lambda": lam})),
+    ]
+    torch.testing.assert_close(runs[0].sae.W_dec, runs[1].sae.W_dec)
+
+
+def test_schedule() -> None:
+    config = TrainConfig(tokens=1000, batch=10, warmup_steps=10, decay_from=0.8)
+    assert learning_rate_factor(0, config) == 0
+    assert learning_rate_factor(5, config) == 0.5
+    assert learning_rate_factor(50, config) == 1
+    assert learning_rate_factor(90, config) == 0.5
+    run = Run(SAEConfig(name="x", width=96, k=4, k_anneal=0.1), config, 32)
+    ks = []
+    for run.step_number in range(12):
+        ks.append(run.k)
+    assert ks == [32, 29, 26, 23, 20, 18, 15, 12, 9, 6, 4, 4]
+
+
+def test_geometric_median_of_a_symmetric_cloud_ignores_an_outlier() -> None:
+    x = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]]).repeat(25, 1) + 3
+    x[0] = 1000
+    assert (geometric_median(x) - 3).abs().max() < 0.05
+
+
+def test_export_before_a_threshold_was_learnt_is_refused() -> None:
+    run = Run(SAEConfig(name="x", width=96, k=4), TrainConfig(tokens=51200, batch=512), 32)
+    run.step(planted(0))
+    with pytest.raises(ValueError, match=r"saes\.x: after 1 steps no inference threshold"):
+        run.export()
+
+
+# The folder
+
+
+def random_sae(scale: float = 1.0) -> SAE:
+    generator = torch.Generator().manual_seed(0)
+    W_enc, W_dec = (torch.randn(12, 5, generator=generator) * scale for _ in range(2))
+    return SAE(
+        W_enc, torch.randn(12, generator=generator), W_dec, torch.randn(5, generator=generator),
+        architecture="jumprelu", threshold=torch.rand(12, generator=generator),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+def test_a_saved_sae_computes_the_same(scale: float, tmp_path: Path) -> None:
+    sae = random_sae(scale)
+    save_sae(sae, tmp_path / "sae", metadata={"model_name": "m"}, c2r={"a": 1})
+    loaded = c2r.load(tmp_path / "sae")
+    x = torch.randn(50, 5)
+    torch.testing.assert_close(loaded(x), sae(x), rtol=1e-6, atol=1e-5 * scale**2)
+    assert torch.equal(loaded.encode(x) > 0, sae.encode(x) > 0)
+    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(12))
+
+
+def test_folder_is_what_saelens_reads(tmp_path: Path) -> None:
+    save_sae(
+        random_sae(), tmp_path / "sae", metadata={"model_name": "m", "hook_name": "blocks.1.hook_resid_post"}, c2r={}
+    )
+    assert {p.name for p in (tmp_path / "sae").iterdir()} == {"cfg.json", "sae_weights.safetensors"}
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    assert {k: config[k] for k in ("architecture", "d_in", "d_sae", "dtype", "normalize_activations")} == {
+        "architecture": "jumprelu", "d_in": 5, "d_sae": 12, "dtype": "float32", "normalize_activations": "none",
+    }  # fmt: skip
+    assert config["apply_b_dec_to_input"] is True
+    assert config["metadata"]["sae_lens_version"]
+    shapes = {k: tuple(v.shape) for k, v in load_file(tmp_path / "sae" / "sae_weights.safetensors").items()}
+    assert shapes == {"W_enc": (5, 12), "b_enc": (12,), "W_dec": (12, 5), "b_dec": (5,), "threshold": (12,)}
+
+
+def test_scale_is_folded_in(tiny_models: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """The saved SAE on the model's own activations does what the trained one does on scaled ones."""
+    kept: list[Run] = []
+    original = Run.export
+
+    def export(self: Run, scale: float = 1.0) -> SAE:
+        kept.append(self)
+        return original(self, scale)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "export", export)
+        folders = train(run_config(tmp_path / "run", tiny_models["llama"], corpus))
+    sae = c2r.load(folders["c2r"])
+    scale = sae.config["c2r"]["state"]["scale"]
+    lm = load_language_model(model_of(sae.config, None))
+    rows = next(packed_rows(run_config(tmp_path, "", corpus).data, lm.tokenizer))
+    x = lm.activations(rows.ids)[rows.real]
+    torch.testing.assert_close(sae(x), scale * original(kept[1])(x / scale), rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_a_failing_save_leaves_no_folder_and_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_sae(random_sae(), tmp_path / "sae", metadata={}, c2r={"version": 1})
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for point in ("save_file", "_replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(saelens, point, fail)
+            for name in ("sae", "new"):
+                with pytest.raises(KeyboardInterrupt):
+                    save_sae(random_sae(2.0), tmp_path / name, metadata={}, c2r={"version": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["sae"]
+    assert load_sae(tmp_path / "sae").config["c2r"] == {"version": 1}
+    save_sae(random_sae(2.0), tmp_path / "sae", metadata={}, c2r={"version": 3})
+    assert load_sae(tmp_path / "sae").config["c2r"] == {"version": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["sae"]
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk"])
+def test_other_architectures_of_saelens_are_read(architecture: str, tmp_path: Path) -> None:
+    tensors = {"W_enc": torch.randn(4, 6), "b_enc": torch.randn(6), "W_dec": torch.randn(6, 4), "b_dec": torch.randn(4)}
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    config = {"architecture": architecture, "d_in": 4, "d_sae": 6, "k": 2, "apply_b_dec_to_input": False}
+    if architecture == "standard":
+        del config["k"]
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    x = torch.randn(20, 4)
+    acts = (x @ tensors["W_enc"] + tensors["b_enc"]).relu()
+    if architecture == "topk":
+        acts = acts * (acts >= acts.topk(2).values[:, -1:])
+    torch.testing.assert_close(load_sae(tmp_path).encode(x), acts)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda p: (p / "cfg.json").unlink(), r"no cfg\.json"),
+        (lambda p: (p / "cfg.json").write_text("{"), "damaged"),
+        (lambda p: (p / "sae_weights.safetensors").write_bytes(b"\x10" * 40), "damaged"),
+        (lambda p: (p / "cfg.json").write_text('{"architecture": "crosscoder"}'), "'crosscoder'; read are standard"),
+        (lambda p: (p / "cfg.json").write_text('{"architecture": "standard"}'), "expected the tensors"),
+        (
+            lambda p: (p / "cfg.json").write_text('{"architecture": "jumprelu", "d_in": 12, "d_sae": 5}'),
+            r"W_enc is \[5, 12\], cfg.json says \[12, 5\]|is \[.*cfg.json says",
+        ),
+    ],
+)
+def test_damaged_folders_are_named(damage: Any, says: str, tmp_path: Path) -> None:
+    save_sae(random_sae(), tmp_path / "sae", metadata={}, c2r={})
+    damage(tmp_path / "sae")
+    with pytest.raises(ValueError, match=says):
+        load_sae(tmp_path / "sae")
+
+
+# Interrupts and refusals
+
+
+def test_ctrl_c_saves_what_there_is(
+    tiny_models: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Run.step
+
+    def step(self: Run, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.step_number == 15:
+            raise KeyboardInterrupt
+        return original(self, x)
+
+    monkeypatch.setattr(Run, "step", step)
+    folders = train(run_config(tmp_path / "run", tiny_models["llama"], corpus))
+    state = c2r.load(folders["c2r"]).config["c2r"]["state"]
+    assert state["interrupted"] is True
+    assert state["tokens"] < 2560
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tiny_models: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(tmp_path / "run", tiny_models["llama"], corpus)
+    original = Run.step
+
+    def step(self: Run, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return original(self, x if self.step_number < 3 else x * float("nan"))
+
+    monkeypatch.setattr(Run, "step", step)
+    with pytest.raises(ValueError, match=r"saes\.baseline: the loss is nan at step 4"):
+        train(config)
+    assert not (tmp_path / "run" / "baseline").exists()
+
+
+def test_refusals_come_before_the_model_is_loaded(
+    tiny_models: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(trainer, "load_language_model", loaded)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.tex").write_text("all my work")
+    with pytest.raises(ValueError, match=r"output: .*holds something else \(thesis\.tex\)"):
+        train(run_config(full, tiny_models["llama"], corpus), overwrite=True)
+    assert (full / "thesis.tex").exists()
+    with pytest.raises(ValueError, match="is a file"):
+        train(run_config(full / "thesis.tex", tiny_models["llama"], corpus))
+    with pytest.raises(ValueError, match=r"data\.path: no file matches"):
+        train(run_config(tmp_path / "a", tiny_models["llama"], tmp_path / "nowhere"))
+    (full / "run.yaml").write_text("seed: 0")
+    with pytest.raises(ValueError, match="earlier run; give another folder, or --overwrite"):
+        train(run_config(full, tiny_models["llama"], corpus))
+
+
+def test_overwrite_replaces_an_earlier_run(tiny_models: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    train(run_config(tmp_path / "run", tiny_models["llama"], corpus))
+    saes = [{"name": "other", "width": 16, "k": 2}]
+    train(run_config(tmp_path / "run", tiny_models["llama"], corpus, saes=saes), overwrite=True)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"run.yaml", "metrics.jsonl", "other"}
+
+
+def test_evaluations_that_do_not_fit_are_refused(tiny_models: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    folders = train(run_config(tmp_path / "a", tiny_models["llama"], corpus))
+    first_layer = {"model": {"name": str(tiny_models["llama"]), "layer": 0}}
+    other = train(run_config(tmp_path / "b", tiny_models["llama"], corpus, **first_layer))
+    with pytest.raises(ValueError, match="evaluate them apart"):
+        evaluate([folders["c2r"], other["baseline"]])
+    with pytest.raises(ValueError, match="got 'cores'; accepted are core"):
+        evaluate([folders["c2r"]], suites=("cores",))
+    with pytest.raises(ValueError, match="no SAE folder given"):
+        evaluate([])
+    with pytest.raises(ValueError, match=r"no cfg\.json"):
+        evaluate([tmp_path])
+    with pytest.raises(ValueError, match="--tokens: got 0"):
+        evaluate([folders["c2r"]], tokens=0)
+    same = train(run_config(tmp_path / "c", tiny_models["llama"], corpus))
+    assert set(evaluate([folders["c2r"], same["c2r"]], tmp_path / "out", tokens=50)) == {"a_c2r", "c_c2r"}
