@@ -15,6 +15,7 @@ from c2r.data.tokens import packed_rows
 from c2r.eval.suite import evaluate, model_of
 from c2r.interop import saelens
 from c2r.interop.saelens import load_sae, save_sae
+from c2r.loss.terms import Forward, aux_k
 from c2r.neighbors import nearest_neighbors
 from c2r.sae.base import SAE
 from c2r.train import trainer
@@ -116,22 +117,40 @@ def test_decoder_rows_stay_at_unit_norm_and_silent_latents_are_counted() -> None
     assert torch.equal(run.dead_F, run.silent_tokens_F >= 1024)
 
 
-def test_aux_k_revives_dead_latents_through_encoder_and_decoder() -> None:
-    alive = {}
-    for coefficient in (0.0, 1 / 32):
+def test_aux_k_reaches_encoder_and_decoder_of_dead_latents_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    W_enc, W_dec = (torch.randn(10, 6, generator=generator, requires_grad=True) for _ in range(2))
+    b_enc, b_dec = (torch.zeros(n, requires_grad=True) for n in (10, 6))
+    x, x_hat = (torch.randn(50, 6, generator=generator) for _ in range(2))
+    dead = torch.arange(10) >= 6
+    forward = Forward(x, torch.zeros(50, 10), x_hat, W_enc, b_enc, W_dec, b_dec, dead)
+    loss = aux_k(forward, 2)
+    for gradient in torch.autograd.grad(loss, (W_enc, b_enc, W_dec)):
+        assert torch.equal(gradient.reshape(10, -1).abs().sum(1) > 0, dead)
+    # By the definition: the two strongest dead latents of a token reconstruct its residual.
+    acts = (x @ W_enc.T).relu() * dead
+    acts = acts * (acts >= acts.topk(2).values[:, 1:])
+    residual = x - x_hat
+    expected = (residual - acts @ W_dec).square().sum() / (residual - residual.mean(0)).square().sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    none = Forward(x, torch.zeros(50, 10), x_hat, W_enc, b_enc, W_dec, b_dec, torch.zeros(10, dtype=torch.bool))
+    assert aux_k(none, 2).item() == 0
+
+
+def test_aux_k_revives_dead_latents() -> None:
+    dead = {}
+    for coefficient in (0.0, 1.0):
         run = Run(
             SAEConfig(name="x", width=96, k=4, k_anneal=0, dead_after_tokens=2048, aux_coefficient=coefficient),
             TrainConfig(tokens=600 * 512, batch=512, lr=2e-3, precision="float32"),
             32,
         )
         run.sae.b_enc.data[48:] = -0.4  # half of the latents are positive at times, and never among the top
-        before = run.sae.W_enc.data[48:].clone()
         for step in range(600):
             run.step(planted(step + 1))
-        alive[coefficient] = 1 - run.dead_F.float().mean().item()
-        if coefficient == 0:
-            assert torch.equal(run.sae.W_enc.data[48:], before)
-    assert alive[1 / 32] > alive[0.0] + 0.2
+        dead[coefficient] = int(run.dead_F.sum())
+    assert dead[0.0] > 40
+    assert dead[1.0] < 0.8 * dead[0.0]
 
 
 def test_c2r_is_applied_at_its_steps_and_multiplied_by_the_interval() -> None:
