@@ -22,6 +22,10 @@ class _Reached(Exception):
     """Ends a forward pass at the hook; carries nothing, since the hook keeps what it saw."""
 
 
+class LayerError(ValueError):
+    """A layer that the model does not have."""
+
+
 class LanguageModel:
     """A causal language model with one hook point.
 
@@ -40,8 +44,7 @@ class LanguageModel:
         self.model, self.tokenizer, self.layer = model, tokenizer, layer
         self.hook: Hook = hook
         blocks = _blocks(model)
-        if not 0 <= layer < len(blocks):
-            raise ValueError(f"model.layer: got {layer}; the model has {len(blocks)} blocks, 0 to {len(blocks) - 1}")
+        _check_layer(layer, len(blocks))
         self._module = _hooked_module(blocks[layer], hook)
 
     @property
@@ -82,15 +85,19 @@ def load_language_model(config: ModelConfig, device: str | torch.device = "cpu")
     Raises:
         ValueError: it cannot be loaded, or has no such layer; the message names the field.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     path = model_path(config.name)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
+        blocks = AutoConfig.from_pretrained(path, **options).get_text_config().num_hidden_layers
+        _check_layer(config.layer, blocks)  # before gigabytes are read
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
+    except LayerError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"model.name: cannot load {config.name!r}; accepted are 'embedded', a folder in Hugging Face format, or a "
@@ -98,6 +105,11 @@ def load_language_model(config: ModelConfig, device: str | torch.device = "cpu")
         ) from error
     model = model.to(torch.device(device)).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
     return LanguageModel(model, tokenizer, layer=config.layer, hook=config.hook)
+
+
+def _check_layer(layer: int, blocks: int) -> None:
+    if not 0 <= layer < blocks:
+        raise LayerError(f"model.layer: got {layer}; the model has {blocks} blocks, 0 to {blocks - 1}")
 
 
 def model_path(name: str) -> str:

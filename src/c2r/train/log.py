@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+_QUIET_SECONDS = 20.0
 _SHOWN = {"loss": ".4f", "ev": ".3f", "l0": ".1f", "alive": ".2f", "penalty_ratio": ".3f"}
+_SHORT = {"penalty_ratio": "C²R/rec", "ev": "EV", "l0": "L0"}
 
 
 class RunLog:
@@ -19,6 +21,7 @@ class RunLog:
 
     def __init__(self, path: Path, tokens: int, every: int, console: Console) -> None:
         self.path, self.tokens, self.every = path, tokens, every
+        # A log file gets a line now and then in place of the display.
         self.progress = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=24),
@@ -26,8 +29,10 @@ class RunLog:
             TimeRemainingColumn(compact=True),
             console=console,
             refresh_per_second=2,
+            disable=not console.is_terminal,
         )
         self.tasks: dict[str, Any] = {}
+        self.said: dict[str, float] = {}
         self.file: IO[str] | None = None
 
     def __enter__(self) -> RunLog:
@@ -53,10 +58,14 @@ class RunLog:
         rate = tokens / max(seconds, 1e-9)
         shown = " ".join(f"{_SHORT.get(name, name)} {figures[name]:{form}}" for name, form in _SHOWN.items())
         self.progress.update(self.tasks[sae], completed=tokens, figures=f"{shown} {rate:,.0f} tok/s")
+        if not self.progress.console.is_terminal and (last or seconds - self.said.get(sae, 0.0) > _QUIET_SECONDS):
+            self.said[sae] = seconds
+            left = seconds * (self.tokens - tokens) / tokens
+            self.progress.console.print(
+                f"{sae} {tokens:,}/{self.tokens:,} tokens {shown} {rate:,.0f} tok/s, {left / 60:.1f} min left",
+                soft_wrap=True,
+            )
         if self.file:
             line = {"sae": sae, "step": step, "tokens": tokens, "seconds": round(seconds, 3), **figures}
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
-
-
-_SHORT = {"penalty_ratio": "C²R/rec", "ev": "EV", "l0": "L0"}

@@ -24,6 +24,9 @@ from c2r.train.optim import (
     random_unit_rows,
 )
 
+ALIVE_TOKENS = 500_000
+"""A latent counts as alive in what a run shows if it fired within so many tokens."""
+
 
 class Run:
     """Trains one SAE on batches that may serve others too.
@@ -86,7 +89,7 @@ class Run:
                 "loss": loss.detach(),
                 "ev": 1 - measured["reconstruction"] / spread,
                 "l0": l0(acts),
-                "alive": 1 - self.dead_F.float().mean(),
+                "alive": (self.silent_tokens_F < min(ALIVE_TOKENS, self.config.dead_after_tokens)).float().mean(),
                 "penalty_ratio": measured["c2r"] / measured["reconstruction"],
                 "gradient_norm": norm,
                 "threshold": self.threshold,
