@@ -35,7 +35,7 @@ def write_report(path: Path, metrics_file: Path, evaluations: Path, names: Seque
     ]
     histograms = {name: _histograms(evaluations, name) for name in names}
     drawn = {
-        "max_cos": "Nearest-neighbour cosine of alive latents (what C²R optimises); dashed: random directions",
+        "max_cos": "Nearest-neighbour cosine * (dashed: random directions)",
         "phi": "Co-firing φ of nearest neighbours",
         "log10_density": "log10 firing density of alive latents",
     }
@@ -126,10 +126,17 @@ def _axes(box: tuple[float, float, float, float], x_label: str) -> str:
     for i in range(5):
         x, y = left + (right - left) * i / 4, low + (high - low) * i / 4
         (at, _), (_, up) = _place((x, low), box), _place((left, y), box)
-        drawn += f'<text x="{at}" y="{HEIGHT - MARGIN + 16}" text-anchor="middle">{x:,.3g}</text>'
-        drawn += f'<text x="{MARGIN - 6}" y="{up + 4}" text-anchor="end">{y:,.3g}</text>'
+        drawn += f'<text x="{at}" y="{HEIGHT - MARGIN + 16}" text-anchor="middle">{_short(x)}</text>'
+        drawn += f'<text x="{MARGIN - 6}" y="{up + 4}" text-anchor="end">{_short(y)}</text>'
         drawn += f'<line x1="{MARGIN}" x2="{WIDTH - 10}" y1="{up}" y2="{up}" stroke="#eee"/>'
     return drawn + f'<text x="{WIDTH / 2}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(x_label)}</text>'
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
 
 
 def _figure(caption: str, inside: str) -> str:
