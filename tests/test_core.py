@@ -15,7 +15,8 @@ from c2r.data.tokens import Rows, packed_rows
 from c2r.eval.core import CoreResult, Fidelity, evaluate_core
 from c2r.eval.probes import f1_per_class, one_vs_rest_probe
 from c2r.eval.results import histogram, write_json
-from c2r.eval.splitting import Cofiring, random_floor
+from c2r.eval.splitting import Cofiring
+from c2r.neighbors import random_floor
 from c2r.sae.base import SAE
 from helpers import TEXT, tiny_tokenizer
 

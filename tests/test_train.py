@@ -9,15 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import c2r
-from c2r.config import ConsistencyConfig, SAEConfig, TrainConfig
+from c2r.config import TrainConfig
 from c2r.data.harvest import load_language_model
 from c2r.data.tokens import packed_rows
 from c2r.eval.suite import evaluate, model_of
 from c2r.interop import saelens
 from c2r.interop.saelens import load_sae, save_sae
-from c2r.loss.terms import Forward, aux_k
+from c2r.loss.terms import Encoded, Forward, aux_k
+from c2r.methods import BatchTopKConfig, ConsistencyConfig
 from c2r.neighbors import nearest_neighbors
-from c2r.sae.base import SAE
+from c2r.sae.base import SAE, Extra
 from c2r.train import trainer
 from c2r.train.optim import geometric_median, learning_rate_factor
 from c2r.train.run import Run
@@ -86,7 +87,7 @@ def planted(seed: int, d_in: int = 32, features: int = 48, active: int = 4, toke
 def trained(steps: int = 400, precision: str = "float32", **changes: Any) -> Run:
     settings = {"name": "x", "width": 96, "k": 4} | changes
     settings_train = TrainConfig(tokens=steps * 512, batch=512, lr=2e-3, precision=precision, warmup_steps=10)  # type: ignore[arg-type]
-    run = Run(SAEConfig(**settings), settings_train, 32, seed=0)
+    run = Run(BatchTopKConfig.model_validate(settings), settings_train, 32, seed=0)
     for step in range(steps):
         run.step(planted(step + 1))
     return run
@@ -119,29 +120,28 @@ def test_decoder_rows_stay_at_unit_norm_and_silent_latents_are_counted() -> None
 
 def test_aux_k_reaches_encoder_and_decoder_of_dead_latents_alone() -> None:
     generator = torch.Generator().manual_seed(0)
-    W_enc, W_dec = (torch.randn(10, 6, generator=generator, requires_grad=True) for _ in range(2))
-    b_enc, b_dec = (torch.zeros(n, requires_grad=True) for n in (10, 6))
-    x, x_hat = (torch.randn(50, 6, generator=generator) for _ in range(2))
+    W_enc, W_dec = (torch.randn(10, 6, generator=generator) for _ in range(2))
+    sae = SAE(W_enc, torch.zeros(10), W_dec, torch.zeros(6), architecture="standard")
+    x = torch.randn(50, 6, generator=generator)
     dead = torch.arange(10) >= 6
-    forward = Forward(x, torch.zeros(50, 10), x_hat, W_enc, b_enc, W_dec, b_dec, dead)
-    loss = aux_k(forward, 2)
-    for gradient in torch.autograd.grad(loss, (W_enc, b_enc, W_dec)):
+    alive = sae.encode(x).detach() * ~dead
+    loss = aux_k(Forward(sae, x, Encoded(alive), dead, (10,)), 2)
+    for gradient in torch.autograd.grad(loss, (sae.W_enc, sae.b_enc, sae.W_dec)):
         assert torch.equal(gradient.reshape(10, -1).abs().sum(1) > 0, dead)
     # By the definition: the two strongest dead latents of a token reconstruct its residual.
     acts = (x @ W_enc.T).relu() * dead
     acts = acts * (acts >= acts.topk(2).values[:, 1:])
-    residual = x - x_hat
+    residual = x - alive @ W_dec
     expected = (residual - acts @ W_dec).square().sum() / (residual - residual.mean(0)).square().sum()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    none = Forward(x, torch.zeros(50, 10), x_hat, W_enc, b_enc, W_dec, b_dec, torch.zeros(10, dtype=torch.bool))
-    assert aux_k(none, 2).item() == 0
+    assert aux_k(Forward(sae, x, Encoded(alive), torch.zeros(10, dtype=torch.bool), (10,)), 2).item() == 0
 
 
 def test_aux_k_revives_dead_latents() -> None:
     dead = {}
     for coefficient in (0.0, 1.0):
         run = Run(
-            SAEConfig(name="x", width=96, k=4, k_anneal=0, dead_after_tokens=2048, aux_coefficient=coefficient),
+            BatchTopKConfig(name="x", width=96, k=4, k_anneal=0, dead_after_tokens=2048, aux_coefficient=coefficient),
             TrainConfig(tokens=600 * 512, batch=512, lr=2e-3, precision="float32"),
             32,
         )
@@ -154,12 +154,12 @@ def test_aux_k_revives_dead_latents() -> None:
 
 
 def test_c2r_is_applied_at_its_steps_and_multiplied_by_the_interval() -> None:
-    every = Run(SAEConfig(name="x", width=96, k=4, c2r=ConsistencyConfig(strength=1, every=3, start=2)),
+    every = Run(BatchTopKConfig(name="x", width=96, k=4, c2r=ConsistencyConfig(strength=1, every=3, start=2)),
                 TrainConfig(tokens=5120, batch=512), 32)  # fmt: skip
     applied = [every.step(planted(i))["c2r"].item() > 0 for i in range(9)]
     assert applied == [False, False, True, False, False, True, False, False, True]
     once, thrice = (
-        Run(SAEConfig(name="x", width=96, k=4, c2r=ConsistencyConfig(strength=1, every=n)),
+        Run(BatchTopKConfig(name="x", width=96, k=4, c2r=ConsistencyConfig(strength=1, every=n)),
             TrainConfig(tokens=5120, batch=512), 32).step(planted(0))["c2r"]
         for n in (1, 3)
     )  # fmt: skip
@@ -181,7 +181,7 @@ def test_schedule() -> None:
     assert learning_rate_factor(5, config) == 0.5
     assert learning_rate_factor(50, config) == 1
     assert learning_rate_factor(90, config) == 0.5
-    run = Run(SAEConfig(name="x", width=96, k=4, k_anneal=0.1), config, 32)
+    run = Run(BatchTopKConfig(name="x", width=96, k=4, k_anneal=0.1), config, 32)
     ks = []
     for run.step_number in range(12):
         ks.append(run.k)
@@ -195,7 +195,7 @@ def test_geometric_median_of_a_symmetric_cloud_ignores_an_outlier() -> None:
 
 
 def test_export_before_a_threshold_was_learnt_is_refused() -> None:
-    run = Run(SAEConfig(name="x", width=96, k=4), TrainConfig(tokens=51200, batch=512), 32)
+    run = Run(BatchTopKConfig(name="x", width=96, k=4), TrainConfig(tokens=51200, batch=512), 32)
     run.step(planted(0))
     with pytest.raises(ValueError, match=r"saes\.x: after 1 steps no inference threshold"):
         run.export()
@@ -209,7 +209,7 @@ def random_sae(scale: float = 1.0) -> SAE:
     W_enc, W_dec = (torch.randn(12, 5, generator=generator) * scale for _ in range(2))
     return SAE(
         W_enc, torch.randn(12, generator=generator), W_dec, torch.randn(5, generator=generator),
-        architecture="jumprelu", threshold=torch.rand(12, generator=generator),
+        architecture="jumprelu", extra=Extra(threshold=torch.rand(12, generator=generator)),
     )  # fmt: skip
 
 

@@ -108,6 +108,25 @@ def decode(acts: Acts, W_dec_FD: Tensor, b_dec_D: Tensor) -> Tensor:
     return product + b_dec_D
 
 
+def decode_groups(acts: Acts, W_dec_FD: Tensor, b_dec_D: Tensor, ends: tuple[int, ...]) -> list[Tensor]:
+    """Reconstructions `[B, D]` from latents 0 to each of `ends`, at the price of one: a prefix adds its own latents."""
+    prefixes, x_hat_BD = [], b_dec_D
+    for start, end in zip((0, *ends), ends, strict=False):
+        x_hat_BD = x_hat_BD + decode(_slice(acts, start, end), W_dec_FD[start:end], torch.zeros_like(b_dec_D))
+        prefixes.append(x_hat_BD)
+    return prefixes
+
+
+def _slice(acts: Acts, start: int, end: int) -> Acts:
+    """The activations of latents `start` to `end`."""
+    if isinstance(acts, Tensor):
+        return acts[:, start:end]
+    at = acts.support
+    inside_N = (at.latents_N >= start) & (at.latents_N < end)
+    support = Support(at.latents_N[inside_N] - start, at.tokens_N[inside_N], at.batch, end - start)
+    return Codes(acts.values_N[inside_N], support)
+
+
 def encode_at(support: Support, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None) -> Tensor:
     """Pre-activations (x − b_dec)·W_enc + b_enc at `support` alone, `[N]`, in the precision of the weights.
 

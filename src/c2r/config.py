@@ -11,18 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+
+from c2r.methods import METHODS, AnySAE, ConsistencyConfig, Frozen, Positive, SAEConfig, Share, TopKConfig
 
 Hook = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-
-
-class Frozen(BaseModel):
-    """A section of the configuration: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), populate_by_name=True)
 
 
 class ModelConfig(Frozen):
@@ -96,66 +90,6 @@ class TrainConfig(Frozen):
         return -(-self.tokens // self.batch)
 
 
-class ConsistencyConfig(Frozen):
-    """C²R: how strongly, in one of two units, and how it is computed."""
-
-    strength: Annotated[float, Field(ge=0)] | None = None
-    """Dimensionless ρ (published setting: 0.884). See `c2r.penalty.lambda_of_strength`."""
-    lam: Annotated[float, Field(ge=0)] | None = Field(default=None, alias="lambda")
-    """The paper's λ; depends on batch size, width and the neighbour search: tuned with "chunked", it presses
-    harder under "exact" and "lagged", which miss no neighbour."""
-    alpha: Annotated[float, Field(ge=0)] = 1.0
-    margin: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The cosine is counted from here on."""
-    every: Positive = 1
-    """Applied in every n-th step, then multiplied by n."""
-    start: Annotated[int, Field(ge=0)] = 0
-    """First step that applies it."""
-    neighbors: Literal["lagged", "exact", "chunked"] = "lagged"
-
-    @model_validator(mode="after")
-    def _one_unit(self) -> ConsistencyConfig:
-        if (self.strength is None) == (self.lam is None):
-            raise ValueError(
-                f"strength, lambda: exactly one of the two is needed, got strength={self.strength} lambda={self.lam}"
-            )
-        return self
-
-
-class SAEConfig(Frozen):
-    """One SAE of the run: a BatchTopK SAE, with or without C²R."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """Also the name of its folder."""
-    method: Literal["batch_top_k"] = "batch_top_k"
-    width: Annotated[int, Field(ge=2)]
-    """F, the number of latents."""
-    k: Positive
-    """Active latents a token, on average over a batch."""
-    seed: int | None = None
-    """Of the initialisation; null: the run's seed, so that the SAEs of a run are paired."""
-    k_anneal: Share = 0.01
-    """k falls linearly from the activations' width to its value over this fraction of the steps."""
-    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
-    aux_k: Positive | None = None
-    """Dead latents a token that reconstruct the residual; null: half the activations' width."""
-    dead_after_tokens: Positive = 10_000_000
-    """A latent that has not fired for so many tokens is dead."""
-    threshold_start: Annotated[int, Field(ge=0)] | None = None
-    """Step after which the inference threshold is tracked; null: 1000 (as published), half of a short run."""
-    threshold_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Of its moving average; null: 0.999 (as published), less in a short run, whose threshold it could not follow."""
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    """Largest norm of the gradient."""
-    c2r: ConsistencyConfig | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> SAEConfig:
-        if self.k > self.width:
-            raise ValueError(f"k: got {self.k}, more than the width {self.width}; accepted are 1 to {self.width}")
-        return self
-
-
 class RunConfig(Frozen):
     """A whole run: one stream of activations, any number of SAEs trained on it."""
 
@@ -165,7 +99,7 @@ class RunConfig(Frozen):
     data: DataConfig = DataConfig()
     stream: StreamConfig = StreamConfig()
     train: TrainConfig
-    saes: Annotated[list[SAEConfig], Field(min_length=1)]
+    saes: Annotated[list[AnySAE], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -178,7 +112,7 @@ class RunConfig(Frozen):
                 f"stream.buffer_tokens: got {self.stream.buffer_tokens}, less than train.batch {self.train.batch}"
             )
         for sae in self.saes:
-            if sae.threshold_start is not None and sae.threshold_start >= self.train.steps - 1:
+            if isinstance(sae, TopKConfig) and sae.threshold_start is not None and sae.threshold_start >= self.train.steps - 1:
                 raise ValueError(
                     f"saes.{sae.name}.threshold_start: got {sae.threshold_start}, but the run has "
                     f"{self.train.steps} steps; the inference threshold would never be learnt"
@@ -222,9 +156,13 @@ def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
 
 
 def _fault(location: tuple[int | str, ...], fault: Any) -> str:
-    field = ".".join(map(str, location)) or "configuration"
+    # In a list of SAEs pydantic names the method after the index.
+    method = str(location[2]) if location[:1] == ("saes",) and len(location) > 2 else None
+    field = ".".join(map(str, location[:2] + location[3:] if method else location)) or "configuration"
+    if fault["type"] == "union_tag_invalid":
+        return f"{field}.method: got {fault['ctx']['tag']!r}; accepted are {', '.join(METHODS)}"
     if fault["type"] == "extra_forbidden":
-        accepted = _fields_at(location[:-1])
+        accepted = _fields_at(location[:-1], method)
         near = difflib.get_close_matches(str(location[-1]), accepted, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{field}: unknown key; accepted are {', '.join(accepted)}{hint}"
@@ -232,11 +170,15 @@ def _fault(location: tuple[int | str, ...], fault: Any) -> str:
     return f"{field}: {message}" + ("" if fault["type"] in ("value_error", "missing") else f" (got {fault['input']!r})")
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+def _fields_at(location: tuple[int | str, ...], method: str | None) -> list[str]:
     sections: dict[Any, type[Frozen]] = {
-        "model": ModelConfig, "data": DataConfig, "stream": StreamConfig, "train": TrainConfig,
-        "saes": SAEConfig, "c2r": ConsistencyConfig,
-    }  # fmt: skip
+        "model": ModelConfig,
+        "data": DataConfig,
+        "stream": StreamConfig,
+        "train": TrainConfig,
+        "saes": METHODS.get(method or "", SAEConfig),
+        "c2r": ConsistencyConfig,
+    }
     named = [part for part in location if part in sections]
     fields = (sections[named[-1]] if named else RunConfig).model_fields
     return [field.alias or name for name, field in fields.items()]

@@ -8,6 +8,7 @@ D width of the activations · F latents · R rows of a tile.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -123,6 +124,11 @@ class NeighborTable:
         """Take up the state of `state_dict`."""
         self.index_F, self.cursor = state["index"], state["cursor"]
         self.generator.set_state(state["generator"])
+
+
+def random_floor(width: int, d_in: int) -> float:
+    """About the nearest-neighbour cosine of `width` random directions in `d_in` dimensions: √(2 ln F / D)."""
+    return math.sqrt(2 * math.log(width) / d_in)
 
 
 def check_decoder(decoder: Tensor) -> None:

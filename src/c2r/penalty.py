@@ -73,8 +73,7 @@ def penalty_from_norms(
 ) -> Tensor:
     """L of the module's head, given the batch norms ‖f_i‖₂ of the latents: all it needs of the activations."""
     excess_F = F.relu(pair_cosines(decoder_FD, neighbors_F) - margin)
-    weight_F = _power(norms_F + norms_F[neighbors_F], alpha)
-    return (excess_F.square() * weight_F).mean()
+    return (excess_F.square() * pair_weights(norms_F, neighbors_F, alpha)).mean()
 
 
 def pair_cosines(decoder_FD: Tensor, neighbors_F: Tensor) -> Tensor:
@@ -102,8 +101,9 @@ def strength_of_lambda(lam: float, *, batch: int, width: int, alpha: float = 1.0
     return lam / lambda_of_strength(1.0, batch=batch, width=width, alpha=alpha)
 
 
-def _power(total_F: Tensor, alpha: float) -> Tensor:
-    """totalᵅ with gradient 0, not infinity, where a pair is silent (the published code gives NaN there)."""
+def pair_weights(norms_F: Tensor, neighbors_F: Tensor, alpha: float) -> Tensor:
+    """(‖f_i‖ + ‖f_j*‖)ᵅ with gradient 0, not infinity, where a pair is silent (the published code gives NaN there)."""
+    total_F = norms_F + norms_F[neighbors_F]
     if alpha == 1:
         return total_F
     silent_F = total_F == 0

@@ -1,4 +1,5 @@
-"""Methods: a row each, naming how it encodes and what it minimises. A new method is a function and a row here.
+"""Methods: a row each, naming how it encodes and what it minimises. A new method is a function and a row here,
+and a section in `methods.py`.
 
 B tokens in a batch · D width of the activations · F latents.
 """
@@ -6,47 +7,147 @@ B tokens in a batch · D width of the activations · F latents.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.codes import Acts, Codes, encode_at
-from c2r.loss.terms import Forward, aux_k, reconstruction
+from c2r.codes import Codes, encode_at
+from c2r.loss import terms
+from c2r.loss.terms import Encoded, Forward
+from c2r.sae.base import Architecture
+from c2r.sae.jumprelu import jump_relu, soft_l0
+from c2r.sae.topk import top_k_of_each_token
 
 if TYPE_CHECKING:
     from c2r.train.run import Run
+
+Term = Callable[["Run[Any]", Forward], Tensor]
 
 
 class Recipe(NamedTuple):
     """One method."""
 
-    encode: Callable[[Run, Tensor], Acts]
+    encode: Callable[[Run[Any], Tensor], Encoded]
     """Activations of a batch `[B, D]`."""
-    terms: dict[str, Callable[[Run, Forward], Tensor]]
+    terms: dict[str, Term]
     """What is minimised besides C²R, each term with its weight; they are summed."""
+    architecture: Architecture
+    """Of the saved SAE."""
+    trained_as: Architecture = "standard"
+    """Which weights are trained."""
+    unit_rows: bool = True
+    """Decoder rows are held at norm 1: the gradient's part along them is taken out, and they are renormalised."""
+    initial_norm: float = 1.0
+    """Of the decoder's and encoder's rows."""
+    median_start: bool = True
+    """b_dec starts at the geometric median of the first batch."""
+    subtract_b_dec: bool = True
+    """Whether x − b_dec or x enters the encoder."""
 
 
-def encode_batch_top_k(run: Run, x_BD: Tensor) -> Acts:
-    """The product in the configured precision decides which latents fire; their values are computed in fp32."""
-    sae = run.sae
-    with torch.no_grad():
-        centred_BD = (x_BD - sae.b_dec).to(run.product_dtype)
-        pre_BF = F.linear(centred_BD, sae.W_enc.to(run.product_dtype), sae.b_enc.to(run.product_dtype))
-        support = run.selector.select(pre_BF, run.k)
-        del pre_BF
-    return Codes(F.relu(encode_at(support, x_BD, sae.W_enc, sae.b_enc, sae.b_dec)), support)
+def encode_relu(run: Run[Any], x_BD: Tensor) -> Encoded:
+    """f = ReLU(pre)."""
+    return Encoded(F.relu(run.product(x_BD)))
 
 
-def _reconstruction(run: Run, forward: Forward) -> Tensor:
-    return reconstruction(forward)
+def encode_jump_relu(run: Run[Any], x_BD: Tensor) -> Encoded:
+    """f = pre where pre > threshold."""
+    return Encoded(jump_relu(run.product(x_BD), run.sae.extra.threshold, run.config.bandwidth))  # type: ignore[arg-type]
 
 
-def _aux_k(run: Run, forward: Forward) -> Tensor:
-    return run.config.aux_coefficient * aux_k(forward, run.config.aux_k or max(1, run.sae.d_in // 2))
+def encode_gated(run: Run[Any], x_BD: Tensor) -> Encoded:
+    """f = magnitude where the gate is open; C²R sees the gate's activations, which alone decide what fires."""
+    pre_BF = run.product(x_BD)
+    return Encoded(run.sae.activate(pre_BF), gate_BF=F.relu(pre_BF))
 
 
+def encode_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
+    """The k largest positive of each token."""
+    support = top_k_of_each_token(run.selecting_product(x_BD), run.k)
+    return Encoded(Codes(F.relu(run.encode_at(x_BD, support)), support))
+
+
+def encode_abs_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
+    """The k of each token that are largest in absolute value, with their sign."""
+    support = top_k_of_each_token(run.selecting_product(x_BD), run.k, signed=True)
+    return Encoded(Codes(run.encode_at(x_BD, support), support))
+
+
+def encode_batch_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
+    """The B·k largest positive of the batch."""
+    support = run.selector.select(run.selecting_product(x_BD), run.k)
+    return Encoded(Codes(F.relu(run.encode_at(x_BD, support)), support))
+
+
+def _reconstruction(run: Run[Any], forward: Forward) -> Tensor:
+    return terms.reconstruction(forward)
+
+
+def _prefixes(run: Run[Any], forward: Forward) -> Tensor:
+    groups = len(run.config.fractions)
+    return terms.reconstruction(forward, run.config.weights or (1 / groups,) * groups)
+
+
+def _aux_k(run: Run[Any], forward: Forward) -> Tensor:
+    return run.config.aux_coefficient * terms.aux_k(forward, run.config.aux_k or max(1, run.sae.d_in // 2))
+
+
+def _orthogonality(run: Run[Any], forward: Forward) -> Tensor:
+    return run.config.orthogonality * terms.orthogonality(run.sae.W_dec, run.neighbors())
+
+
+def _l1(run: Run[Any], forward: Forward) -> Tensor:
+    return run.config.l1 * run.sparsity_scale * terms.l1(forward.encoded.penalised)  # type: ignore[arg-type]
+
+
+def _l1_of_norms(run: Run[Any], forward: Forward) -> Tensor:
+    acts_BF: Any = forward.encoded.acts
+    return run.config.l1 * run.sparsity_scale * terms.l1(acts_BF, run.sae.W_dec.norm(dim=1))
+
+
+def _lp(run: Run[Any], forward: Forward) -> Tensor:
+    acts_BF: Any = forward.encoded.acts
+    p, rescaled = run.annealed_p(acts_BF)
+    return run.config.l1 * run.sparsity_scale * rescaled * terms.lp(acts_BF, p)
+
+
+def _target_l0(run: Run[Any], forward: Forward) -> Tensor:
+    acts_BF: Any = forward.encoded.acts
+    threshold_F: Any = run.sae.threshold
+    off_target = soft_l0(acts_BF, threshold_F, run.config.bandwidth) / run.config.target_l0 - 1
+    return run.config.sparsity_coefficient * run.sparsity_scale * off_target.square()
+
+
+def _gate_reconstruction(run: Run[Any], forward: Forward) -> Tensor:
+    return terms.gate_reconstruction(forward)
+
+
+_TOP_K: dict[str, Term] = {"reconstruction": _reconstruction, "aux_k": _aux_k}
 RECIPES: dict[str, Recipe] = {
-    "batch_top_k": Recipe(encode_batch_top_k, {"reconstruction": _reconstruction, "aux_k": _aux_k}),
-}
+    "standard": Recipe(
+        encode_relu, {"reconstruction": _reconstruction, "l1": _l1}, "standard", initial_norm=0.1, median_start=False
+    ),
+    "april_update": Recipe(
+        encode_relu, {"reconstruction": _reconstruction, "l1": _l1_of_norms}, "standard",
+        unit_rows=False, initial_norm=0.1, median_start=False,
+    ),
+    "p_anneal": Recipe(
+        encode_relu, {"reconstruction": _reconstruction, "lp": _lp}, "standard", initial_norm=0.1, median_start=False
+    ),
+    "top_k": Recipe(encode_top_k, _TOP_K, "topk"),
+    "abs_top_k": Recipe(encode_abs_top_k, _TOP_K, "abs_topk"),
+    "batch_top_k": Recipe(encode_batch_top_k, _TOP_K, "jumprelu"),
+    "matryoshka_batch_top_k": Recipe(encode_batch_top_k, {"reconstruction": _prefixes, "aux_k": _aux_k}, "jumprelu"),
+    "ort": Recipe(encode_batch_top_k, _TOP_K | {"orthogonality": _orthogonality}, "jumprelu"),
+    "jump_relu": Recipe(
+        encode_jump_relu, {"reconstruction": _reconstruction, "l0": _target_l0}, "jumprelu", "jumprelu",
+        median_start=False, subtract_b_dec=False,
+    ),
+    "gated": Recipe(
+        encode_gated,
+        {"reconstruction": _reconstruction, "l1": _l1, "gate_reconstruction": _gate_reconstruction},
+        "gated", "gated", median_start=False,
+    ),
+}  # fmt: skip

@@ -8,18 +8,11 @@ D width of the activations · F latents · n tokens.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from c2r.eval.results import Histogram, histogram
-from c2r.neighbors import nearest_neighbors
-
-
-def random_floor(width: int, d_in: int) -> float:
-    """About the nearest-neighbour cosine of `width` random directions in `d_in` dimensions: √(2 ln F / D)."""
-    return math.sqrt(2 * math.log(width) / d_in)
+from c2r.neighbors import nearest_neighbors, random_floor
 
 
 class Cofiring:

@@ -17,12 +17,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from c2r.sae.base import SAE
+from c2r.sae.base import SAE, Extra
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 SAELENS_VERSION = "6.54.12"
 """The version whose format this is. Without one in the metadata, SAELens discards the metadata."""
-_TENSORS = {"W_enc", "b_enc", "W_dec", "b_dec"}
+_COMMON = {"W_enc", "W_dec", "b_dec"}
+_TENSORS: dict[str, set[str]] = {
+    "standard": _COMMON | {"b_enc"},
+    "topk": _COMMON | {"b_enc"},
+    "jumprelu": _COMMON | {"b_enc", "threshold"},
+    "gated": _COMMON | {"b_gate", "r_mag", "b_mag"},
+    "abs_topk": _COMMON | {"b_enc"},
+}
+"""By architecture. SAELens knows all but abs_topk, which is ours."""
 
 
 def hook_name(layer: int, hook: str) -> str:
@@ -39,12 +47,13 @@ def save_sae(sae: SAE, folder: Path, *, metadata: dict[str, Any], c2r: dict[str,
     """
     with torch.no_grad():
         norm_F = sae.W_dec.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-        tensors = {
-            "W_enc": (sae.W_enc * norm_F[:, None]).T,
-            "b_enc": sae.b_enc * norm_F,
-            "W_dec": sae.W_dec / norm_F[:, None],
-            "b_dec": sae.b_dec,
-        }
+        tensors = {"W_dec": sae.W_dec / norm_F[:, None], "b_dec": sae.b_dec}
+        if sae.r_mag is not None and sae.b_mag is not None:
+            # The norm goes to the magnitude; the gate only compares with 0.
+            tensors |= {"W_enc": sae.W_enc.T, "b_gate": sae.b_enc}
+            tensors |= {"r_mag": sae.r_mag + norm_F.log(), "b_mag": sae.b_mag * norm_F}
+        else:
+            tensors |= {"W_enc": (sae.W_enc * norm_F[:, None]).T, "b_enc": sae.b_enc * norm_F}
         if sae.threshold is not None:
             tensors["threshold"] = sae.threshold * norm_F
     config = {
@@ -69,7 +78,7 @@ def save_sae(sae: SAE, folder: Path, *, metadata: dict[str, Any], c2r: dict[str,
 
 
 def load_sae(path: str | Path) -> SAE:
-    """Read an SAE folder that c2r or SAELens wrote (architectures standard, topk, jumprelu).
+    """Read an SAE folder that c2r or SAELens wrote (architectures standard, topk, jumprelu, gated, abs_topk).
 
     Raises:
         ValueError: no such folder, a damaged or foreign file, or an architecture that is not read yet.
@@ -84,32 +93,29 @@ def load_sae(path: str | Path) -> SAE:
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder}: damaged SAE folder: {error}") from error
     architecture = config.get("architecture")
-    if architecture not in ("standard", "topk", "jumprelu"):
-        raise ValueError(f"{folder}/{CONFIG}: architecture is {architecture!r}; read are standard, topk, jumprelu")
-    expected = _TENSORS | ({"threshold"} if architecture == "jumprelu" else set())
-    if set(tensors) != expected:
-        raise ValueError(f"{folder}/{WEIGHTS}: expected the tensors {sorted(expected)}, found {sorted(tensors)}")
+    if architecture not in _TENSORS:
+        raise ValueError(f"{folder}/{CONFIG}: architecture is {architecture!r}; read are {', '.join(_TENSORS)}")
+    if set(tensors) != _TENSORS[architecture]:
+        raise ValueError(
+            f"{folder}/{WEIGHTS}: expected the tensors {sorted(_TENSORS[architecture])}, found {sorted(tensors)}"
+        )
     d_in, width = config.get("d_in"), config.get("d_sae")
-    shapes = {
-        "W_enc": (d_in, width),
-        "W_dec": (width, d_in),
-        "b_enc": (width,),
-        "b_dec": (d_in,),
-        "threshold": (width,),
-    }
+    shapes = {"W_enc": (d_in, width), "W_dec": (width, d_in), "b_dec": (d_in,)}
     for name, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{folder}/{WEIGHTS}: {name} is {list(tensor.shape)}, {CONFIG} says {list(shapes[name])}")
+        shape = shapes.get(name, (width,))
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{folder}/{WEIGHTS}: {name} is {list(tensor.shape)}, {CONFIG} says {list(shape)}")
     if config.get("normalize_activations", "none") != "none":
         raise ValueError(f"{folder}: normalize_activations {config['normalize_activations']!r}; only 'none' is read")
+    by_name = {name: tensor.float() for name, tensor in tensors.items()}
+    k = config.get("k") if architecture in ("topk", "abs_topk") else None
     return SAE(
-        tensors["W_enc"].float().T.contiguous(),
-        tensors["b_enc"].float(),
-        tensors["W_dec"].float(),
-        tensors["b_dec"].float(),
+        by_name["W_enc"].T.contiguous(),
+        by_name["b_gate" if architecture == "gated" else "b_enc"],
+        by_name["W_dec"],
+        by_name["b_dec"],
         architecture=architecture,
-        threshold=tensors["threshold"].float() if "threshold" in tensors else None,
-        k=config.get("k"),
+        extra=Extra(by_name.get("threshold"), by_name.get("r_mag"), by_name.get("b_mag"), k),
         subtract_b_dec=config.get("apply_b_dec_to_input", True),
         config=config,
     )

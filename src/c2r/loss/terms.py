@@ -6,38 +6,65 @@ B tokens in a batch · D width of the activations · F latents · Z dead latents
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.codes import Acts
+from c2r.codes import Acts, decode, decode_groups
+from c2r.penalty import pair_cosines
+from c2r.sae.base import SAE
+
+
+class Encoded(NamedTuple):
+    """What a method's encoder emits."""
+
+    acts: Acts
+    """What is decoded."""
+    gate_BF: Tensor | None = None
+    """gated: the gate's ReLU'd pre-activations, which is what L1 and C²R see."""
+
+    @property
+    def penalised(self) -> Acts:
+        """The activations that C²R sees."""
+        return self.acts if self.gate_BF is None else self.gate_BF
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What one forward pass leaves for the terms."""
+    """One forward pass, for the terms to read."""
 
+    sae: SAE
     x_BD: Tensor
-    acts: Acts
-    x_hat_BD: Tensor
-    W_enc_FD: Tensor
-    b_enc_F: Tensor
-    W_dec_FD: Tensor
-    b_dec_D: Tensor
+    encoded: Encoded
     dead_F: Tensor
     """Latents that have been silent for too long, bool."""
+    ends: tuple[int, ...]
+    """Where Matryoshka's prefixes of latents end; (F,) without any."""
+
+    @cached_property
+    def prefixes(self) -> list[Tensor]:
+        """Reconstruction `[B, D]` from each prefix of latents, the last from all."""
+        sae, acts = self.sae, self.encoded.acts
+        if len(self.ends) == 1:
+            return [decode(acts, sae.W_dec, sae.b_dec)]
+        return decode_groups(acts, sae.W_dec, sae.b_dec, self.ends)
 
     @cached_property
     def error_BD(self) -> Tensor:
         """x − x̂."""
-        return self.x_BD - self.x_hat_BD
+        return self.x_BD - self.prefixes[-1]
 
 
-def reconstruction(forward: Forward) -> Tensor:
-    """Mean over tokens of ‖x − x̂‖²."""
-    return forward.error_BD.square().sum(1).mean()
+def reconstruction(forward: Forward, weights: tuple[float, ...] = (1.0,)) -> Tensor:
+    """Mean over tokens of ‖x − x̂‖², summed over prefixes with their weights (Bussmann et al. 2025, arXiv 2503.17547)."""
+    errors = [
+        weight * (forward.x_BD - x_hat_BD).square().sum(1).mean()
+        for weight, x_hat_BD in zip(weights, forward.prefixes, strict=True)
+    ]
+    return reduce(torch.add, errors)
 
 
 def aux_k(forward: Forward, k: int) -> Tensor:
@@ -48,12 +75,37 @@ def aux_k(forward: Forward, k: int) -> Tensor:
     dead_Z = forward.dead_F.nonzero().squeeze(1)
     if len(dead_Z) == 0:
         return forward.x_BD.new_zeros(())
-    residual_BD = forward.error_BD.detach()
-    centred_BD = forward.x_BD - forward.b_dec_D
-    acts_BZ = F.relu(F.linear(centred_BD, forward.W_enc_FD[dead_Z], forward.b_enc_F[dead_Z]))
+    sae, residual_BD = forward.sae, forward.error_BD.detach()
+    acts_BZ = F.relu(F.linear(sae.centred(forward.x_BD), sae.W_enc[dead_Z], sae.b_enc[dead_Z]))
     if k < len(dead_Z):
         best = acts_BZ.topk(k, dim=1, sorted=False)
         acts_BZ = torch.zeros_like(acts_BZ).scatter(1, best.indices, best.values)
-    missed = (residual_BD - acts_BZ @ forward.W_dec_FD[dead_Z]).square().sum(1).mean()
+    missed = (residual_BD - acts_BZ @ sae.W_dec[dead_Z]).square().sum(1).mean()
     variance = (residual_BD - residual_BD.mean(0)).square().sum(1).mean()
     return (missed / variance).nan_to_num(0.0)
+
+
+def l1(acts_BF: Tensor, norms_F: Tensor | None = None) -> Tensor:
+    """Mean over tokens of Σ f_i, or of Σ f_i·‖d_i‖ for decoders whose norms are free."""
+    return (acts_BF if norms_F is None else acts_BF * norms_F).sum(1).mean()
+
+
+def lp(acts_BF: Tensor, p: float, floor: float = 1e-6) -> Tensor:
+    """Mean over tokens of Σ f_iᵖ (Karvonen et al. 2024, arXiv 2408.00113).
+
+    Below `floor` an activation counts as 0 and has no gradient; fᵖ has an unbounded one there.
+    """
+    active_BF = acts_BF > floor
+    return acts_BF.masked_fill(~active_BF, 1.0).pow(p).masked_fill(~active_BF, 0.0).sum(1).mean()
+
+
+def gate_reconstruction(forward: Forward) -> Tensor:
+    """Mean ‖x − x̂‖² of what the gate alone would reconstruct; the decoder is held still (arXiv 2404.16014)."""
+    assert forward.encoded.gate_BF is not None
+    x_hat_BD = decode(forward.encoded.gate_BF, forward.sae.W_dec.detach(), forward.sae.b_dec.detach())
+    return (forward.x_BD - x_hat_BD).square().sum(1).mean()
+
+
+def orthogonality(W_dec_FD: Tensor, neighbors_F: Tensor) -> Tensor:
+    """Mean over latents of relu(max cos)² (OrtSAE, Korznikov et al. 2025, arXiv 2509.22033)."""
+    return F.relu(pair_cosines(W_dec_FD, neighbors_F)).square().mean()

@@ -38,3 +38,14 @@ class BatchTopK:
         self.floor = cut * _BELOW_CUT if cut > 0 else None
         chosen = chosen[values > 0].sort().values
         return Support(chosen % width, chosen // width, batch, width)
+
+
+@torch.no_grad()
+def top_k_of_each_token(pre_BF: Tensor, k: int, *, signed: bool = False) -> Support:
+    """The `k` largest positive entries of each row (Gao et al. 2024), or with `signed` the largest in absolute value."""
+    batch, width = pre_BF.shape
+    best = (pre_BF.abs() if signed else pre_BF).topk(min(k, width), dim=1, sorted=False)
+    latents_BK = best.indices.sort(dim=1).values
+    kept_BK = pre_BF.gather(1, latents_BK) != 0 if signed else pre_BF.gather(1, latents_BK) > 0
+    tokens_BK = torch.arange(batch, device=pre_BF.device)[:, None].expand_as(latents_BK)
+    return Support(latents_BK[kept_BK], tokens_BK[kept_BK], batch, width)

@@ -16,6 +16,11 @@ def warmup_steps(train: TrainConfig) -> int:
     return min(1000, train.steps // 20) if train.warmup_steps is None else train.warmup_steps
 
 
+def ramp(step: int, steps: int) -> float:
+    """From 0 at step 0 to 1 at step `steps`, linearly."""
+    return min(step / steps, 1.0) if steps else 1.0
+
+
 def learning_rate_factor(step: int, train: TrainConfig) -> float:
     """Linear warm-up from 0, constant, linear decay to 0; `step` counts from 0."""
     warmup, decay = warmup_steps(train), int(train.decay_from * train.steps)
@@ -48,9 +53,9 @@ def geometric_median(x_BD: Tensor, iterations: int = 100, tolerance: float = 1e-
 
 @torch.no_grad()
 def project_gradient(W_dec_FD: Tensor) -> None:
-    """Take from the gradient of unit rows its part along them, which the renormalisation would undo."""
+    """Take from the rows' gradient its part along them, which the renormalisation would undo."""
     if W_dec_FD.grad is not None:
-        along_F1 = (W_dec_FD.grad * W_dec_FD).sum(1, keepdim=True)
+        along_F1 = (W_dec_FD.grad * W_dec_FD).sum(1, keepdim=True) / W_dec_FD.square().sum(1, keepdim=True)
         W_dec_FD.grad.addcmul_(W_dec_FD, along_F1, value=-1)
 
 

@@ -1,34 +1,40 @@
 """One SAE in training: its weights, objective, optimiser and counters, and the step.
 
-B tokens in a batch · D width of the activations · F latents.
+B tokens in a batch · D width of the activations · F latents · N non-zeros in a batch.
 """
 
 from __future__ import annotations
 
+from typing import Any, Generic, TypeVar
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from c2r.codes import Acts, Codes, decode, fired, l0, norms
-from c2r.config import SAEConfig, TrainConfig
-from c2r.loss.terms import Forward
+from c2r.codes import Acts, Codes, Support, encode_at, fired, l0
+from c2r.config import TrainConfig
+from c2r.loss.terms import Encoded, Forward, lp
+from c2r.methods import MatryoshkaConfig, SAEConfig, TopKConfig, group_ends
 from c2r.neighbors import NeighborTable
-from c2r.penalty import lambda_of_strength, penalty_from_norms
 from c2r.recipes import RECIPES
-from c2r.sae.base import SAE
+from c2r.sae.base import SAE, Extra
 from c2r.sae.topk import BatchTopK
+from c2r.train.consistency import Consistency
 from c2r.train.optim import (
     geometric_median,
     learning_rate_factor,
     normalise_rows,
     project_gradient,
     random_unit_rows,
+    ramp,
 )
 
 ALIVE_TOKENS = 500_000
 """A latent counts as alive in what a run shows if it fired within so many tokens."""
+Config = TypeVar("Config", bound=SAEConfig)
 
 
-class Run:
+class Run(Generic[Config]):
     """Trains one SAE on batches that may serve others too.
 
     Arguments:
@@ -37,85 +43,127 @@ class Run:
         d_in: D.
         seed: of the initialisation, where `config.seed` has none.
         device: where weights live and batches arrive.
+        start: weights to begin with in place of random ones, on activations as they will be trained on.
     """
 
     def __init__(
-        self, config: SAEConfig, train: TrainConfig, d_in: int, *, seed: int = 0, device: str | torch.device = "cpu"
+        self,
+        config: Config,
+        train: TrainConfig,
+        d_in: int,
+        *,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        start: SAE | None = None,
     ) -> None:
-        self.config, self.train, self.recipe = config, train, RECIPES[config.method]
+        self.config: Any = config
+        self.train, self.recipe = train, RECIPES[config.method]
         self.seed = seed if config.seed is None else config.seed
-        rows_FD = random_unit_rows(config.width, d_in, self.seed).to(device)
-        zeros_F = torch.zeros(config.width, device=device)
-        # The weights; W_enc = W_dec at the start. `export` gives the inference form, which has a threshold.
-        self.sae = SAE(rows_FD.clone(), zeros_F, rows_FD, torch.zeros(d_in, device=device), architecture="standard")
+        self.fresh = start is None
+        self.sae = (self._random_sae(d_in) if start is None else start).to(device)
         self.threshold = torch.tensor(-1.0, device=device)
-        """Learnt inference threshold; −1 until it is first measured."""
+        """Of batch-top-k's inference form, learnt while training; −1 until it is first measured."""
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=train.lr, betas=(0.9, 0.999), fused=True)
         self.product_dtype = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
         self.selector = BatchTopK()
         self.table = NeighborTable(config.c2r.neighbors if config.c2r else "lagged", seed=self.seed)
+        self.consistency = None if config.c2r is None else Consistency(config.c2r, self.sae, seed=self.seed)
+        self.ends = (
+            group_ends(config.fractions, config.width) if isinstance(config, MatryoshkaConfig) else (config.width,)
+        )
         self.silent_tokens_F = torch.zeros(config.width, dtype=torch.long, device=device)
+        self.p, self.p_scale = 1.0, 1.0
         self.step_number = 0
+        self._neighbors: tuple[int, Tensor] | None = None
+
+    def _random_sae(self, d_in: int) -> SAE:
+        rows_FD = random_unit_rows(self.config.width, d_in, self.seed) * self.recipe.initial_norm
+        zeros_F = torch.zeros(self.config.width)
+        extra = {
+            "standard": Extra(),
+            "jumprelu": Extra(threshold=zeros_F + getattr(self.config, "threshold_init", 0.0)),
+            "gated": Extra(r_mag=zeros_F.clone(), b_mag=zeros_F.clone()),
+        }[self.recipe.trained_as]
+        return SAE(
+            rows_FD.clone(), zeros_F, rows_FD, torch.zeros(d_in), architecture=self.recipe.trained_as, extra=extra,
+            subtract_b_dec=self.recipe.subtract_b_dec,
+        )  # fmt: skip
 
     def step(self, x_BD: Tensor) -> dict[str, Tensor]:
         """One update on `x_BD`, activations of mean square norm 1. Returns what was measured before it."""
-        if self.step_number == 0:
+        if self.step_number == 0 and self.fresh and self.recipe.median_start:
             self.sae.b_dec.data.copy_(geometric_median(x_BD))
         for group in self.optimizer.param_groups:
             group["lr"] = self.train.lr * learning_rate_factor(self.step_number, self.train)
 
         # ------------------------------------------------------------------------------------------------------
         sae = self.sae
-        acts = self.recipe.encode(self, x_BD)
-        self.observe(acts, len(x_BD))
-        x_hat_BD = decode(acts, sae.W_dec, sae.b_dec)
-        forward = Forward(x_BD, acts, x_hat_BD, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, self.dead_F)
+        encoded = self.recipe.encode(self, x_BD)
+        self.observe(encoded.acts, len(x_BD))
+        forward = Forward(sae, x_BD, encoded, self.dead_F, self.ends)
         losses = {name: term(self, forward) for name, term in self.recipe.terms.items()}
-        losses["c2r"] = self.consistency(acts, len(x_BD))
+        losses["c2r"] = self.consistency_term(encoded, len(x_BD))
         loss = torch.stack(list(losses.values())).sum()
         loss.backward()
-        project_gradient(sae.W_dec)
-        norm = nn.utils.clip_grad_norm_(sae.parameters(), self.config.clip)
+        if self.recipe.unit_rows:
+            project_gradient(sae.W_dec)
+        if self.config.clip is not None:
+            nn.utils.clip_grad_norm_(sae.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        normalise_rows(sae.W_dec)
+        if self.recipe.unit_rows:
+            normalise_rows(sae.W_dec)
         # ------------------------------------------------------------------------------------------------------
 
         self.step_number += 1
         with torch.no_grad():
-            spread = (x_BD - x_BD.mean(0)).square().sum(1).mean()
-            measured = {name: value.detach() for name, value in losses.items()}
-            return measured | {
+            error, spread = (y.square().sum(1).mean() for y in (forward.error_BD, x_BD - x_BD.mean(0)))
+            return {name: value.detach() for name, value in losses.items()} | {
                 "loss": loss.detach(),
-                "ev": 1 - measured["reconstruction"] / spread,
-                "l0": l0(acts),
+                "ev": 1 - error / spread,
+                "l0": l0(encoded.acts),
                 "alive": (self.silent_tokens_F < min(ALIVE_TOKENS, self.config.dead_after_tokens)).float().mean(),
-                "penalty_ratio": measured["c2r"] / measured["reconstruction"],
-                "gradient_norm": norm,
-                "threshold": self.threshold,
+                "penalty_ratio": losses["c2r"].detach() / error,
             }
 
-    def consistency(self, acts: Acts, batch: int) -> Tensor:
-        """λ·C²R, applied in every `every`-th step from `start` on and multiplied by `every`, as published."""
-        c2r = self.config.c2r
-        if c2r is None or self.step_number < c2r.start or (self.step_number - c2r.start) % c2r.every:
-            return torch.zeros((), device=self.sae.W_dec.device)
-        lam = c2r.lam
-        if lam is None:
-            lam = lambda_of_strength(c2r.strength or 0.0, batch=batch, width=self.sae.width, alpha=c2r.alpha)
-        neighbors_F = self.table.refresh(self.sae.W_dec)
-        penalty = penalty_from_norms(norms(acts), self.sae.W_dec, neighbors_F, alpha=c2r.alpha, margin=c2r.margin)
-        return lam * c2r.every * penalty
+    def consistency_term(self, encoded: Encoded, batch: int) -> Tensor:
+        """λ·C²R of the activations that the method shows it; 0 in the steps that leave it out."""
+        if self.consistency is None or not self.consistency.applies(self.step_number):
+            return self.sae.W_dec.new_zeros(())
+        return self.consistency.term(encoded.penalised, self.sae.W_dec, self.neighbors(), batch, self.step_number)
+
+    def neighbors(self) -> Tensor:
+        """Nearest neighbours `[F]`, searched at most once a step."""
+        if self._neighbors is None or self._neighbors[0] != self.step_number:
+            self._neighbors = (self.step_number, self.table.refresh(self.sae.W_dec))
+        return self._neighbors[1]
+
+    def product(self, x_BD: Tensor) -> Tensor:
+        """Pre-activations `[B, F]` with their gradient; the product itself in the configured precision."""
+        sae, low = self.sae, self.product_dtype
+        return F.linear(sae.centred(x_BD).to(low), sae.W_enc.to(low)).float() + sae.b_enc
+
+    @torch.no_grad()
+    def selecting_product(self, x_BD: Tensor) -> Tensor:
+        """Pre-activations `[B, F]` in the configured precision, to choose by."""
+        sae, low = self.sae, self.product_dtype
+        return F.linear(sae.centred(x_BD).to(low), sae.W_enc.to(low), sae.b_enc.to(low))
+
+    def encode_at(self, x_BD: Tensor, support: Support) -> Tensor:
+        """Pre-activations `[N]` at the chosen places, in fp32 with their gradient."""
+        sae = self.sae
+        return encode_at(support, x_BD, sae.W_enc, sae.b_enc, sae.b_dec if sae.subtract_b_dec else None)
 
     @torch.no_grad()
     def observe(self, acts: Acts, batch: int) -> None:
-        """Count the tokens since each latent fired, and follow the smallest activation that batch-top-k kept."""
+        """Count the tokens since each latent fired, and follow the smallest activation that the top-k family kept.
+
+        For batch-top-k it is the batch's smallest, for the others the mean over tokens of each token's smallest.
+        """
         self.silent_tokens_F += batch
         self.silent_tokens_F[fired(acts)] = 0
-        if self.step_number > self.threshold_start:
-            values = acts.values_N if isinstance(acts, Codes) else acts
-            positive = values[values > 0]
-            smallest = positive.min() if len(positive) else values.new_zeros(())
+        if isinstance(self.config, TopKConfig) and isinstance(acts, Codes) and self.step_number > self.threshold_start:
+            smallest = _smallest(acts, of_each_token=self.recipe.architecture != "jumprelu")
             moved = self.threshold.lerp(smallest, 1 - self.threshold_decay)
             self.threshold = torch.where(self.threshold < 0, smallest, moved)
 
@@ -127,11 +175,30 @@ class Run:
     @property
     def k(self) -> int:
         """k of this step: linearly from D (or F) to its value over the first `k_anneal` of the steps."""
-        steps = int(self.config.k_anneal * self.train.steps)
+        steps = round(self.config.k_anneal * self.train.steps)
         if self.step_number >= steps:
             return self.config.k
         begin = min(self.sae.d_in, self.sae.width)
         return int(begin + (self.config.k - begin) * self.step_number / steps)
+
+    @property
+    def sparsity_scale(self) -> float:
+        """Warm-up of the sparsity term, from 0 to 1."""
+        given = self.config.sparsity_warmup_steps
+        return ramp(self.step_number, min(2000, self.train.steps // 10) if given is None else given)
+
+    @torch.no_grad()
+    def annealed_p(self, acts_BF: Tensor) -> tuple[float, float]:
+        """p of this step, and the factor that keeps the term from jumping where p does (arXiv 2408.00113)."""
+        at = self.step_number / self.train.steps
+        done = (at - self.config.anneal_from) / (self.config.anneal_to - self.config.anneal_from)
+        stage = min(max(int(done * 10) + 1, 0), 10) if done >= 0 else 0
+        p = 1 - (1 - self.config.p_end) * stage / 10
+        if p != self.p:
+            before, after = lp(acts_BF, self.p), lp(acts_BF, p)
+            self.p_scale *= (before / after).item() if after > 0 else 1.0
+            self.p = p
+        return self.p, self.p_scale
 
     @property
     def threshold_start(self) -> int:
@@ -153,12 +220,40 @@ class Run:
         Raises:
             ValueError: the run is too short to have learnt a threshold.
         """
-        sae = self.sae
-        if self.threshold < 0:
-            raise ValueError(
-                f"saes.{self.config.name}: after {self.step_number} steps no inference threshold has been learnt yet "
-                f"(it is tracked from step {self.threshold_start + 1} on)"
-            )
-        rows = [sae.W_enc, sae.b_enc * scale, sae.W_dec, sae.b_dec * scale]
-        threshold_F = (self.threshold * scale).expand(sae.width).clone()
-        return SAE(*(row.clone() for row in rows), architecture="jumprelu", threshold=threshold_F)
+        sae, extra = self.sae, self.sae.extra
+        if self.recipe.architecture in ("topk", "abs_topk"):
+            extra = Extra(k=self.config.k)
+        elif self.recipe.architecture == "jumprelu" and extra.threshold is None:
+            if self.threshold < 0:
+                raise ValueError(
+                    f"saes.{self.config.name}: after {self.step_number} steps no inference threshold has been learnt "
+                    f"yet (it is tracked from step {self.threshold_start + 1} on)"
+                )
+            extra = Extra(threshold=self.threshold.expand(sae.width))
+        return rescaled(sae, scale, self.recipe.architecture, extra)
+
+
+def rescaled(sae: SAE, scale: float, architecture: Any, extra: Extra) -> SAE:
+    """A copy that does on scale·x what `sae` does on x: biases and thresholds grow, weights stay."""
+    grown = {
+        name: value if name in ("k", "r_mag") or value is None else value * scale
+        for name, value in extra._asdict().items()
+    }
+    copied = {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in grown.items()}
+    rows = [sae.W_enc, sae.b_enc * scale, sae.W_dec, sae.b_dec * scale]
+    return SAE(
+        *(row.detach().clone() for row in rows), architecture=architecture, extra=Extra(**copied),
+        subtract_b_dec=sae.subtract_b_dec,
+    )  # fmt: skip
+
+
+def _smallest(acts: Codes, *, of_each_token: bool) -> Tensor:
+    """The smallest positive activation of the batch, or the mean over tokens of each one's; 0 without any."""
+    kept_N = acts.values_N > 0
+    if not kept_N.any():
+        return acts.values_N.new_zeros(())
+    if not of_each_token:
+        return acts.values_N[kept_N].min()
+    least_B = acts.values_N.new_full((acts.support.batch,), torch.inf)
+    least_B.scatter_reduce_(0, acts.support.tokens_N[kept_N], acts.values_N[kept_N], "amin")
+    return least_B[least_B.isfinite()].mean()

@@ -16,9 +16,11 @@ from c2r.data.harvest import LanguageModel, load_language_model, pick_device
 from c2r.data.stream import ActivationStream
 from c2r.data.tokens import check_source, packed_rows
 from c2r.interop.saelens import hook_name, save_sae
+from c2r.methods import SAEConfig
 from c2r.penalty import lambda_of_strength, strength_of_lambda
 from c2r.train.log import RunLog
 from c2r.train.run import Run
+from c2r.train.start import check_start, starting_weights
 
 RUN_FILE, METRICS_FILE = "run.yaml", "metrics.jsonl"
 
@@ -34,6 +36,8 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
     """
     console = console or Console(stderr=True)
     check_source(config.data)
+    for sae in config.saes:
+        check_start(sae)
     check_output(config.output, overwrite)
     device = pick_device(config.train.device)
     lm = load_language_model(config.model, device)
@@ -41,7 +45,7 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
     rows = packed_rows(config.data, lm.tokenizer, seed=config.seed, rows=config.stream.rows, epochs=None)
     console.print(f"model {config.model.name}, {hook_name(config.model.layer, config.model.hook)}, width {lm.d_in}")
     stream = ActivationStream(lm, rows, config.stream, seed=config.seed, device=device)
-    runs = [Run(sae, config.train, lm.d_in, seed=config.seed, device=device) for sae in config.saes]
+    runs = [_new_run(sae, config, lm.d_in, stream.scale, device) for sae in config.saes]
     _prepare_output(config)
     done, interrupted = 0, False
     with RunLog(config.output / METRICS_FILE, config.train.tokens, config.train.log_every, console) as log:
@@ -93,7 +97,7 @@ def _prepare_output(config: RunConfig) -> None:
 
 
 def _save(
-    run: Run, config: RunConfig, lm: LanguageModel, scale: float, state: dict[str, Any], console: Console
+    run: Run[Any], config: RunConfig, lm: LanguageModel, scale: float, state: dict[str, Any], console: Console
 ) -> Path:
     folder = config.output / run.config.name
     metadata = {
@@ -102,7 +106,7 @@ def _save(
         "context_size": config.data.context,
         "prepend_bos": lm.tokenizer.bos_token_id is not None,
         "dataset_path": config.data.path or config.data.source,
-        "training_architecture": "batchtopk",
+        "training_architecture": run.config.method,
     }
     ours = {
         "model": config.model.model_dump(mode="json"),
@@ -116,7 +120,7 @@ def _save(
     return folder
 
 
-def _both_units(run: Run, config: RunConfig) -> dict[str, float]:
+def _both_units(run: Run[Any], config: RunConfig) -> dict[str, float]:
     """C²R's strength in both units, whichever was given."""
     c2r, shape = run.config.c2r, {"batch": config.train.batch, "width": run.config.width}
     if c2r is None:
@@ -125,3 +129,14 @@ def _both_units(run: Run, config: RunConfig) -> dict[str, float]:
         return {"lambda": c2r.lam, "strength": strength_of_lambda(c2r.lam, alpha=c2r.alpha, **shape)}
     strength = c2r.strength or 0.0
     return {"lambda": lambda_of_strength(strength, alpha=c2r.alpha, **shape), "strength": strength}
+
+
+def _new_run(sae: SAEConfig, config: RunConfig, d_in: int, scale: float, device: torch.device) -> Run[Any]:
+    start = check_start(sae)
+    if start is not None and start.d_in != d_in:
+        raise ValueError(
+            f"saes.{sae.name}.init: {sae.init} reads activations of width {start.d_in}, the model's have {d_in}"
+        )
+    if start is not None:
+        start = starting_weights(start, sae, 1 / scale)
+    return Run(sae, config.train, d_in, seed=config.seed, device=device, start=start)
