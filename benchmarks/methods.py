@@ -1,4 +1,4 @@
-"""Every method on the synthetic tree, with and without C²R: does the penalty act, and what does it cost?
+"""Every method on the synthetic tree, with and without C²R: whether the penalty acts, and what it costs.
 
     python benchmarks/methods.py [--steps 2000] [--strength 0.3] [--json]
 
@@ -31,7 +31,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def train_and_measure(method: str, c2r: dict[str, Any] | None, steps: int, tree: Tree, batch: int = 512) -> dict[str, float]:
+def train_and_measure(
+    method: str, c2r: dict[str, Any] | None, steps: int, tree: Tree, batch: int = 512
+) -> dict[str, float]:
     """One SAE, trained and evaluated."""
     settings = SETTINGS.get(method, {"k": round(tree.mean_l0)})
     config = METHODS[method].model_validate(

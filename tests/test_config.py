@@ -57,7 +57,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("saes.0.width=1", r"saes\.0\.width: .*greater than or equal to 2 \(got 1\)"),
         ("saes.0.name=../x", r"saes\.0\.name"),
         ("saes.0.name=c2r", r"names \['c2r'\] occur more than once"),
-        ("saes.0.method=top_n", r"saes\.0\.method: got 'top_n'; accepted are standard, .*batch_top_k"),
+        ("saes.0.method=top_n", r"saes\.0: method: got 'top_n'; accepted are standard, .*batch_top_k"),
         ("saes.1.c2r.stregth=1", r"stregth: unknown key; accepted are strength, .*did you mean 'strength'"),
         ("saes.1.c2r.lambda=5", r"exactly one of the two"),
         ("model.layer=-1", r"model\.layer: .*\(got -1\)"),

@@ -112,7 +112,11 @@ class RunConfig(Frozen):
                 f"stream.buffer_tokens: got {self.stream.buffer_tokens}, less than train.batch {self.train.batch}"
             )
         for sae in self.saes:
-            if isinstance(sae, TopKConfig) and sae.threshold_start is not None and sae.threshold_start >= self.train.steps - 1:
+            if (
+                isinstance(sae, TopKConfig)
+                and sae.threshold_start is not None
+                and sae.threshold_start >= self.train.steps - 1
+            ):
                 raise ValueError(
                     f"saes.{sae.name}.threshold_start: got {sae.threshold_start}, but the run has "
                     f"{self.train.steps} steps; the inference threshold would never be learnt"
@@ -151,18 +155,15 @@ def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(_numbers(raw))
     except ValidationError as error:
-        lines = [_fault(fault["loc"], fault) for fault in error.errors()]
+        lines = [_fault(fault, raw) for fault in error.errors()]
         raise ValueError(f"{where}: {len(lines)} fault(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
-def _fault(location: tuple[int | str, ...], fault: Any) -> str:
-    # In a list of SAEs pydantic names the method after the index.
-    method = str(location[2]) if location[:1] == ("saes",) and len(location) > 2 else None
-    field = ".".join(map(str, location[:2] + location[3:] if method else location)) or "configuration"
-    if fault["type"] == "union_tag_invalid":
-        return f"{field}.method: got {fault['ctx']['tag']!r}; accepted are {', '.join(METHODS)}"
+def _fault(fault: Any, raw: dict[str, Any]) -> str:
+    location = fault["loc"]
+    field = ".".join(map(str, location)) or "configuration"
     if fault["type"] == "extra_forbidden":
-        accepted = _fields_at(location[:-1], method)
+        accepted = _fields_at(location[:-1], raw)
         near = difflib.get_close_matches(str(location[-1]), accepted, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{field}: unknown key; accepted are {', '.join(accepted)}{hint}"
@@ -170,15 +171,17 @@ def _fault(location: tuple[int | str, ...], fault: Any) -> str:
     return f"{field}: {message}" + ("" if fault["type"] in ("value_error", "missing") else f" (got {fault['input']!r})")
 
 
-def _fields_at(location: tuple[int | str, ...], method: str | None) -> list[str]:
+def _fields_at(location: tuple[int | str, ...], raw: dict[str, Any]) -> list[str]:
     sections: dict[Any, type[Frozen]] = {
         "model": ModelConfig,
         "data": DataConfig,
         "stream": StreamConfig,
         "train": TrainConfig,
-        "saes": METHODS.get(method or "", SAEConfig),
         "c2r": ConsistencyConfig,
     }
+    if location[:1] == ("saes",):
+        method = raw["saes"][location[1]].get("method", "batch_top_k")
+        sections["saes"] = METHODS.get(method, SAEConfig)
     named = [part for part in location if part in sections]
     fields = (sections[named[-1]] if named else RunConfig).model_fields
     return [field.alias or name for name, field in fields.items()]

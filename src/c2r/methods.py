@@ -4,12 +4,15 @@
 the table of methods with their papers.
 """
 
+# Each method narrows `method` to its own name, which is how a YAML section finds its class.
+# pyright: reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -99,19 +102,19 @@ class TopKConfig(SAEConfig):
 class AbsTopKConfig(TopKConfig):
     """The k pre-activations of each token that are largest in absolute value, with their sign."""
 
-    method: Literal["abs_top_k"] = "abs_top_k"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["abs_top_k"] = "abs_top_k"
 
 
 class BatchTopKConfig(TopKConfig):
     """The B·k largest positive pre-activations of each batch; inference by a learnt threshold."""
 
-    method: Literal["batch_top_k"] = "batch_top_k"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["batch_top_k"] = "batch_top_k"
 
 
 class MatryoshkaConfig(TopKConfig):
     """BatchTopK whose first latents must reconstruct alone."""
 
-    method: Literal["matryoshka_batch_top_k"] = "matryoshka_batch_top_k"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["matryoshka_batch_top_k"] = "matryoshka_batch_top_k"
     fractions: tuple[Annotated[float, Field(gt=0)], ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
     """Shares of the width that the groups have, from the first latents on; they sum to 1."""
     weights: tuple[NotNegative, ...] | None = None
@@ -133,7 +136,7 @@ class MatryoshkaConfig(TopKConfig):
 class OrtConfig(TopKConfig):
     """BatchTopK with OrtSAE's penalty on each latent's nearest cosine."""
 
-    method: Literal["ort"] = "ort"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["ort"] = "ort"
     orthogonality: NotNegative = 0.25
     """γ of γ · mean relu(max cos)²."""
 
@@ -152,14 +155,14 @@ class StandardConfig(SAEConfig):
 class AprilUpdateConfig(StandardConfig):
     """ReLU with an L1 penalty weighted by the decoder's norms, which are free."""
 
-    method: Literal["april_update"] = "april_update"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["april_update"] = "april_update"
     clip: Annotated[float, Field(gt=0)] | None = 1.0
 
 
 class PAnnealConfig(StandardConfig):
     """ReLU with an Lp penalty whose p falls from 1."""
 
-    method: Literal["p_anneal"] = "p_anneal"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["p_anneal"] = "p_anneal"
     p_end: Annotated[float, Field(gt=0, le=1)] = 0.2
     anneal_from: Share = 0.1
     """Fraction of the steps at which p starts to fall from 1, in ten stages; it reaches `p_end` at `anneal_to`."""
@@ -175,7 +178,7 @@ class PAnnealConfig(StandardConfig):
 class GatedConfig(StandardConfig):
     """A gate decides which latents fire, a magnitude how much; the L1 penalty is on the gate."""
 
-    method: Literal["gated"] = "gated"  # pyright: ignore[reportIncompatibleVariableOverride]
+    method: Literal["gated"] = "gated"
 
 
 class JumpReLUConfig(SAEConfig):
@@ -200,24 +203,17 @@ METHODS: dict[str, type[SAEConfig]] = {
 }  # fmt: skip
 
 
-def _method(value: Any) -> Any:
-    return value.get("method", "batch_top_k") if isinstance(value, dict) else getattr(value, "method", None)
+def _of_its_method(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    method = value.get("method", "batch_top_k")
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}; accepted are {', '.join(METHODS)}")
+    return METHODS[method].model_validate(value)
 
 
-AnySAE = Annotated[
-    Annotated[StandardConfig, Tag("standard")]
-    | Annotated[AprilUpdateConfig, Tag("april_update")]
-    | Annotated[PAnnealConfig, Tag("p_anneal")]
-    | Annotated[TopKConfig, Tag("top_k")]
-    | Annotated[BatchTopKConfig, Tag("batch_top_k")]
-    | Annotated[MatryoshkaConfig, Tag("matryoshka_batch_top_k")]
-    | Annotated[OrtConfig, Tag("ort")]
-    | Annotated[JumpReLUConfig, Tag("jump_relu")]
-    | Annotated[GatedConfig, Tag("gated")]
-    | Annotated[AbsTopKConfig, Tag("abs_top_k")],
-    Discriminator(_method),
-]
-"""One SAE of a run; a section without `method` is a BatchTopK."""
+AnySAE = Annotated[SerializeAsAny[SAEConfig], BeforeValidator(_of_its_method)]
+"""One SAE of a run, of the class that `method` names; a section without `method` is a BatchTopK."""
 
 
 def group_ends(fractions: tuple[float, ...], width: int) -> tuple[int, ...]:

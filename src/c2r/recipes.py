@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.codes import Codes, encode_at
+from c2r.codes import Codes
 from c2r.loss import terms
 from c2r.loss.terms import Encoded, Forward
 from c2r.sae.base import Architecture
@@ -81,7 +80,8 @@ def encode_batch_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
     return Encoded(Codes(F.relu(run.encode_at(x_BD, support)), support))
 
 
-def _reconstruction(run: Run[Any], forward: Forward) -> Tensor:
+def reconstruction(run: Run[Any], forward: Forward) -> Tensor:
+    """Mean over tokens of ‖x − x̂‖²."""
     return terms.reconstruction(forward)
 
 
@@ -124,17 +124,17 @@ def _gate_reconstruction(run: Run[Any], forward: Forward) -> Tensor:
     return terms.gate_reconstruction(forward)
 
 
-_TOP_K: dict[str, Term] = {"reconstruction": _reconstruction, "aux_k": _aux_k}
+_TOP_K: dict[str, Term] = {"reconstruction": reconstruction, "aux_k": _aux_k}
 RECIPES: dict[str, Recipe] = {
     "standard": Recipe(
-        encode_relu, {"reconstruction": _reconstruction, "l1": _l1}, "standard", initial_norm=0.1, median_start=False
+        encode_relu, {"reconstruction": reconstruction, "l1": _l1}, "standard", initial_norm=0.1, median_start=False
     ),
     "april_update": Recipe(
-        encode_relu, {"reconstruction": _reconstruction, "l1": _l1_of_norms}, "standard",
+        encode_relu, {"reconstruction": reconstruction, "l1": _l1_of_norms}, "standard",
         unit_rows=False, initial_norm=0.1, median_start=False,
     ),
     "p_anneal": Recipe(
-        encode_relu, {"reconstruction": _reconstruction, "lp": _lp}, "standard", initial_norm=0.1, median_start=False
+        encode_relu, {"reconstruction": reconstruction, "lp": _lp}, "standard", initial_norm=0.1, median_start=False
     ),
     "top_k": Recipe(encode_top_k, _TOP_K, "topk"),
     "abs_top_k": Recipe(encode_abs_top_k, _TOP_K, "abs_topk"),
@@ -142,12 +142,12 @@ RECIPES: dict[str, Recipe] = {
     "matryoshka_batch_top_k": Recipe(encode_batch_top_k, {"reconstruction": _prefixes, "aux_k": _aux_k}, "jumprelu"),
     "ort": Recipe(encode_batch_top_k, _TOP_K | {"orthogonality": _orthogonality}, "jumprelu"),
     "jump_relu": Recipe(
-        encode_jump_relu, {"reconstruction": _reconstruction, "l0": _target_l0}, "jumprelu", "jumprelu",
+        encode_jump_relu, {"reconstruction": reconstruction, "l0": _target_l0}, "jumprelu", "jumprelu",
         median_start=False, subtract_b_dec=False,
     ),
     "gated": Recipe(
         encode_gated,
-        {"reconstruction": _reconstruction, "l1": _l1, "gate_reconstruction": _gate_reconstruction},
+        {"reconstruction": reconstruction, "l1": _l1, "gate_reconstruction": _gate_reconstruction},
         "gated", "gated", median_start=False,
     ),
 }  # fmt: skip

@@ -59,7 +59,7 @@ class Forward:
 
 
 def reconstruction(forward: Forward, weights: tuple[float, ...] = (1.0,)) -> Tensor:
-    """Mean over tokens of ‖x − x̂‖², summed over prefixes with their weights (Bussmann et al. 2025, arXiv 2503.17547)."""
+    """Mean over tokens of ‖x − x̂‖², summed over prefixes with weights (Bussmann et al. 2025, arXiv 2503.17547)."""
     errors = [
         weight * (forward.x_BD - x_hat_BD).square().sum(1).mean()
         for weight, x_hat_BD in zip(weights, forward.prefixes, strict=True)

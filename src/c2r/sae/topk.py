@@ -42,7 +42,7 @@ class BatchTopK:
 
 @torch.no_grad()
 def top_k_of_each_token(pre_BF: Tensor, k: int, *, signed: bool = False) -> Support:
-    """The `k` largest positive entries of each row (Gao et al. 2024), or with `signed` the largest in absolute value."""
+    """The `k` largest positive entries of each row (Gao et al. 2024); with `signed`, the largest in absolute value."""
     batch, width = pre_BF.shape
     best = (pre_BF.abs() if signed else pre_BF).topk(min(k, width), dim=1, sorted=False)
     latents_BK = best.indices.sort(dim=1).values

@@ -25,8 +25,8 @@ from c2r.train.optim import (
     learning_rate_factor,
     normalise_rows,
     project_gradient,
-    random_unit_rows,
     ramp,
+    random_unit_rows,
 )
 
 ALIVE_TOKENS = 500_000
@@ -235,14 +235,14 @@ class Run(Generic[Config]):
 
 def rescaled(sae: SAE, scale: float, architecture: Any, extra: Extra) -> SAE:
     """A copy that does on scale·x what `sae` does on x: biases and thresholds grow, weights stay."""
-    grown = {
-        name: value if name in ("k", "r_mag") or value is None else value * scale
-        for name, value in extra._asdict().items()
-    }
-    copied = {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in grown.items()}
+
+    def grown(tensor: Tensor | None, by: float) -> Tensor | None:
+        return None if tensor is None else (tensor * by).detach().clone()
+
+    extra = Extra(grown(extra.threshold, scale), grown(extra.r_mag, 1.0), grown(extra.b_mag, scale), extra.k)
     rows = [sae.W_enc, sae.b_enc * scale, sae.W_dec, sae.b_dec * scale]
     return SAE(
-        *(row.detach().clone() for row in rows), architecture=architecture, extra=Extra(**copied),
+        *(row.detach().clone() for row in rows), architecture=architecture, extra=extra,
         subtract_b_dec=sae.subtract_b_dec,
     )  # fmt: skip
 
