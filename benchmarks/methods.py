@@ -1,6 +1,6 @@
 """Every method on the synthetic tree, with and without C²R: whether the penalty acts, and what it costs.
 
-    python benchmarks/methods.py [--steps 2000] [--strength 0.3] [--json]
+    python benchmarks/methods.py [--steps 2000] [--strength 0.1] [--json]
 
 SAEs as wide as there are features, the same seed for both. EV, L0 and alive are measured on fresh activations with the
 saved (inference) form; the mean nearest-neighbour cosine over alive latents is what C²R minimises.
@@ -62,7 +62,7 @@ def train_and_measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--strength", type=float, default=0.3)
+    parser.add_argument("--strength", type=float, default=0.1)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
