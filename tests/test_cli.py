@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import yaml
 
 from c2r.cli import main
+from c2r.config import load_config
+from c2r.demo import _is_a_demo, run_demo
+from c2r.eval.suite import model_of
 from c2r.report.html import write_report
 from helpers import run_config, write_corpus
 
@@ -46,7 +50,9 @@ def test_train_eval_and_report(
     assert format(figures["reconstruction_quality"]["explained_variance"], ".4f") in text
 
 
-def test_eval_on_other_text_and_model(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_eval_on_other_text_and_model(
+    tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["train", str(run_yaml(tmp_path, tiny_models["llama"]))])
     other = tmp_path / "other.txt"
     other.write_text("Entirely different words stand here. " * 20)
@@ -57,6 +63,38 @@ def test_eval_on_other_text_and_model(tiny_models: dict[str, Path], tmp_path: Pa
     config = json.loads((out / "c2r_core.json").read_text())["eval_config"]
     assert config["model"]["name"] == str(tiny_models["qwen3"])
     assert config["data"]["path"] == str(other)
+    assert config["data"]["context"] == 16  # as the SAE was trained
+    assert config["held_out"] is False
+    with pytest.raises(SystemExit):
+        main(["eval", sae, "--source", "files"])
+    assert "path: nothing given" in capsys.readouterr().err
+    main(["eval", sae, "--path", str(other), "--tokens", "1000000", "--out", str(out)])
+    printed = capsys.readouterr().err.replace("\n", " ")
+    assert "may have been trained on" in printed
+    recorded = json.loads((out / "c2r_core.json").read_text())["eval_config"]["tokens"]
+    assert f"the text ended after {recorded:,} of 1,000,000" in printed
+
+
+def test_an_sae_cannot_have_its_code_run(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    main(["train", str(run_yaml(tmp_path, tiny_models["llama"]))])
+    folder = tmp_path / "run" / "c2r"
+    config = json.loads((folder / "cfg.json").read_text())
+    config["c2r"]["model"] |= {"trust_remote_code": True, "revision": "deadbeef"}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    assert model_of(config, None).trust_remote_code is False
+    assert model_of(config, None, trust_remote_code=True).trust_remote_code is True
+    assert model_of(config, "another").revision is None
+
+
+def test_the_demo_overwrites_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(Path(str(files("c2r") / "assets" / "demo.yaml"))).model_copy(update={"output": tmp_path})
+    assert not _is_a_demo(tmp_path, config)
+    (tmp_path / "run.yaml").write_text("seed: 0\nsaes: []")
+    assert not _is_a_demo(tmp_path, config)
+    (tmp_path / "run.yaml").write_text((files("c2r") / "assets" / "demo.yaml").read_text())
+    assert _is_a_demo(tmp_path, config)
+    with pytest.raises(ValueError, match="holds something else"):  # the file lacks the mark of a recorded run
+        run_demo(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +103,6 @@ def test_eval_on_other_text_and_model(tiny_models: dict[str, Path], tmp_path: Pa
         (["train", "nowhere.yaml"], "cannot read the configuration nowhere.yaml"),
         (["eval", "nowhere"], "nowhere: not an SAE folder"),
         (["eval", "--suite", "core"], "no SAE folder given"),
-        (["eval", "x", "--source", "files"], "path: nothing given"),
         (["eval", "x", "--suite", "corr"], "'corr'; accepted are core"),
     ],
 )

@@ -46,6 +46,8 @@ def test_overrides(tmp_path: Path) -> None:
     assert config.saes[1].c2r is not None
     assert config.saes[1].c2r.strength == 0.3
     assert config.saes[0].k == 16
+    assert load_config(write(tmp_path), ("train.tokens=2e6", "model.revision=12e4567")).train.tokens == 2_000_000
+    assert load_config(write(tmp_path), ("model.revision=12e4567",)).model.revision == "12e4567"
     assert config.stream.max_norm_multiple is None
 
 
@@ -56,6 +58,9 @@ def test_overrides(tmp_path: Path) -> None:
         ("saes.0.k=0", r"saes\.0\.k: .*greater than or equal to 1 \(got 0\)"),
         ("saes.0.width=1", r"saes\.0\.width: .*greater than or equal to 2 \(got 1\)"),
         ("saes.0.name=../x", r"saes\.0\.name"),
+        ("saes.0.name=Evaluations", "which a run's folder has already"),
+        ("train.lr=[1", r"'\[1' is not readable YAML"),
+        ("train.tokens=2.5", r"train\.tokens"),
         ("saes.0.name=c2r", r"names \['c2r'\] occur more than once"),
         ("saes.0.method=top_n", r"saes\.0: method: got 'top_n'; accepted are standard, .*batch_top_k"),
         ("saes.1.c2r.stregth=1", r"stregth: unknown key; accepted are strength, .*did you mean 'strength'"),

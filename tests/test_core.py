@@ -59,6 +59,17 @@ def test_known_noise_and_shrinkage() -> None:
     assert half["cossim"] == pytest.approx(1)
 
 
+def test_legacy_explained_variance_is_a_mean_over_tokens_within_a_batch() -> None:
+    x, x_hat = data(60), data(60) + 1
+    expected = []
+    for a, b in zip(x.split(30), x_hat.split(30), strict=True):
+        expected.append((1 - (a - b).square().sum(1) / (a - a.mean(0)).square().sum(1)).mean().item())
+    counted = Fidelity(2, 7)
+    for a, b in zip(x.split(30), x_hat.split(30), strict=True):
+        counted.add(a, b, torch.ones(30, 2))
+    assert counted.metrics()["explained_variance_legacy"] == pytest.approx(sum(expected) / 2)
+
+
 def test_sparsity_density_and_alive() -> None:
     acts = torch.zeros(100, 4)
     acts[:50, 0] = 2.0
@@ -175,13 +186,20 @@ def test_cofiring_by_hand() -> None:
     for part in fires.split(3):
         counted.add(part)
     phi = counted.phi()
-    assert phi[:4].tolist() == pytest.approx([1, 1, -1, -1])
-    assert math.isnan(phi[4])
+    assert phi.tolist() == pytest.approx([1, 1, -1, -1])  # of alive latents
     assert counted.metrics()["neighbor_phi_mean"] == pytest.approx(0)
     cosine = 0.9 / math.sqrt(0.82)
     assert counted.max_cos().tolist() == pytest.approx([cosine] * 4)  # the dead latent is left out
     assert counted.metrics()["max_cos_share_over_0_9"] == 1
     assert counted.metrics()["max_cos_mean"] == pytest.approx(cosine)
+
+
+def test_a_dead_latent_is_nobodys_neighbour() -> None:
+    decoder = torch.tensor([[1.0, 0.0], [0.99, 0.02], [0.9, 0.3]])
+    counted = Cofiring(decoder)
+    counted.add(torch.tensor([[1.0, 0, 1], [0, 0, 0]]))
+    assert counted.phi().tolist() == pytest.approx([1, 1])
+    assert counted.max_cos()[0].item() == pytest.approx(0.9 / math.hypot(0.9, 0.3))
 
 
 def test_random_floor_is_about_what_random_directions_have() -> None:

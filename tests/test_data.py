@@ -1,7 +1,9 @@
 """Text, packing, hook points and the stream: nothing lost or repeated, and hooks emit the model's own states."""
 
 import json
+import sysconfig
 from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,7 @@ def test_words_are_single_tokens_and_spelt_right() -> None:
         ("x.jsonl", "not json\n", "x.jsonl:1 is not JSON"),
         ("x.jsonl", '{"body": "a"}\n', "no text under 'text'; it has: body"),
         ("x.txt", " \n", "holds no text"),
+        ("x.jsonl", '{"text": ""}\n{"text": "  "}\n', "holds no text"),
         ("x.csv", "a,b", "accepted are .txt and .jsonl"),
     ],
 )
@@ -110,6 +113,26 @@ def test_bad_files_are_named(name: str, content: str, says: str, tmp_path: Path)
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=says):
         check_source(DataConfig(source="files", path=str(tmp_path / name)))
+
+
+def test_text_of_special_tokens_alone_does_not_go_on_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("<|end|>" * 50)
+    config = DataConfig(source="files", path=str(tmp_path / "a.txt"), context=8)
+    with pytest.raises(ValueError, match="nothing to train on"):
+        list(packed_rows(config, tiny_tokenizer(), epochs=None))
+
+
+def test_evaluation_reads_other_files_and_lists_than_training() -> None:
+    tokenizer = load_language_model(ModelConfig()).tokenizer
+    config = DataConfig(source="stdlib", words=0.5, context=64)
+    parts = [next(packed_rows(config, tokenizer, rows=300, held_out=h)) for h in (False, True)]
+    trained, held_out = (set(map(tuple, part.ids[:, 1:].tolist())) for part in parts)
+    assert not trained & held_out
+    names = (files("c2r") / "assets" / "held_out.txt").read_text().split()
+    assert len(names) == 36
+    held = set(stdlib_documents(held_out=True))
+    abc = Path(sysconfig.get_paths()["stdlib"], "abc.py").read_text()
+    assert ("abc.py" in names) == (abc in held)
 
 
 def test_missing_files_and_data_sets_are_named(tmp_path: Path) -> None:
@@ -227,6 +250,16 @@ def test_a_buffer_shuffles_over_its_whole_size() -> None:
     )
     first = next(iter(stream.batches(100, 100)))[:, 0] * stream.scale
     assert first.max() - first.min() > 800
+
+
+def test_the_seed_decides_the_shuffle() -> None:
+    config = StreamConfig(buffer_tokens=1000, max_norm_multiple=None)
+    first, same, other = (
+        next(ActivationStream(Counting(tiny_tokenizer()), iter(numbered_rows(1000)), config, seed=s).batches(100, 100))
+        for s in (0, 0, 1)
+    )
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
 
 
 def test_the_stream_stops_at_the_tokens_asked_for() -> None:

@@ -106,6 +106,15 @@ def test_a_latent_that_is_its_own_neighbour_contributes_nothing() -> None:
     assert consistency_penalty(torch.ones(1, 2), decoder, neighbors=torch.tensor([0, 1])).item() == 0
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 6.0), (torch.float16, 2e-4), (torch.bfloat16, 3.0)])
+def test_half_precision_neither_overflows_nor_vanishes(dtype: torch.dtype, size: float) -> None:
+    acts = torch.full((2048, 11), size, dtype=dtype)
+    decoder = example(0)[1].to(dtype)
+    expected = consistency_penalty(acts.double(), decoder.double()).item()
+    assert consistency_penalty(acts, decoder).item() == pytest.approx(expected, rel=1e-4)
+    assert consistency_penalty(from_dense(acts), decoder).item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_scale_of_decoder_rows_does_not_matter() -> None:
     acts, decoder = example(2)
     scaled = decoder * torch.rand(len(decoder), 1, dtype=torch.double).add(0.1)

@@ -194,11 +194,32 @@ def test_geometric_median_of_a_symmetric_cloud_ignores_an_outlier() -> None:
     assert (geometric_median(x) - 3).abs().max() < 0.05
 
 
-def test_export_before_a_threshold_was_learnt_is_refused() -> None:
-    run = Run(BatchTopKConfig(name="x", width=96, k=4), TrainConfig(tokens=51200, batch=512), 32)
-    run.step(planted(0))
-    with pytest.raises(ValueError, match=r"saes\.x: after 1 steps no inference threshold"):
+def test_export_before_a_threshold_is_tracked_takes_the_last_batch() -> None:
+    run = Run(BatchTopKConfig(name="x", width=96, k=4, k_anneal=0), TrainConfig(tokens=51200, batch=512), 32)
+    with pytest.raises(ValueError, match=r"saes\.x: no step was made"):
         run.export()
+    run.step(planted(0))
+    assert run.threshold < 0
+    assert torch.equal(run.export().threshold, run.smallest.expand(96))
+    run.sae.W_enc.data[3, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"saes\.x: W_enc hold NaN"):
+        run.export()
+
+
+def test_a_last_batch_of_one_token_leaves_the_weights_whole() -> None:
+    config = BatchTopKConfig(name="x", width=96, k=2, dead_after_tokens=300)
+    run = Run(config, TrainConfig(tokens=2561, batch=256), 32)
+    for step in range(10):
+        run.step(planted(step, tokens=256))
+    assert run.dead_F.any()
+    run.step(planted(11, tokens=1))
+    run.export()
+
+
+def test_alive_counts_only_what_has_fired() -> None:
+    run = Run(BatchTopKConfig(name="x", width=96, k=4, k_anneal=0), TrainConfig(tokens=51200, batch=512), 32)
+    run.sae.b_enc.data[10:] = -100
+    assert run.step(planted(0))["alive"].item() <= 10 / 96
 
 
 # The folder
@@ -219,9 +240,18 @@ def test_a_saved_sae_computes_the_same(scale: float, tmp_path: Path) -> None:
     save_sae(sae, tmp_path / "sae", metadata={"model_name": "m"}, c2r={"a": 1})
     loaded = c2r.load(tmp_path / "sae")
     x = torch.randn(50, 5)
-    torch.testing.assert_close(loaded(x), sae(x), rtol=1e-6, atol=1e-5 * scale**2)
+    torch.testing.assert_close(loaded(x), sae(x), rtol=1e-5, atol=1e-5 * scale**2)  # rows are brought to unit norm
     assert torch.equal(loaded.encode(x) > 0, sae.encode(x) > 0)
     torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(12))
+
+
+def test_a_trained_sae_is_read_back_to_1e_6(tmp_path: Path) -> None:
+    sae = trained(50).export(20.0)
+    save_sae(sae, tmp_path / "sae", metadata={}, c2r={})
+    x = 20 * planted(10**6)
+    loaded = c2r.load(tmp_path / "sae")
+    assert (loaded(x) - sae(x)).norm() <= 1e-6 * sae(x).norm()
+    assert not loaded(x).requires_grad
 
 
 def test_folder_is_what_saelens_reads(tmp_path: Path) -> None:
@@ -253,6 +283,9 @@ def test_scale_is_folded_in(tiny_models: dict[str, Path], corpus: Path, tmp_path
         folders = train(run_config(tmp_path / "run", tiny_models["llama"], corpus))
     sae = c2r.load(folders["c2r"])
     scale = sae.config["c2r"]["state"]["scale"]
+    assert sae.config["metadata"]["prepend_bos"] is True
+    assert sae.config["metadata"]["context_size"] == 16
+    assert sae.config["metadata"]["hook_name"] == "blocks.1.hook_resid_post"
     lm = load_language_model(model_of(sae.config, None))
     rows = next(packed_rows(run_config(tmp_path, "", corpus).data, lm.tokenizer))
     x = lm.activations(rows.ids)[rows.real]
@@ -265,6 +298,18 @@ def test_a_failing_save_leaves_no_folder_and_keeps_the_old_one(tmp_path: Path, m
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    original = Path.rename
+
+    def fail_at_the_last(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    for name in ("sae", "new"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", fail_at_the_last)
+            with pytest.raises(KeyboardInterrupt):
+                save_sae(random_sae(2.0), tmp_path / name, metadata={}, c2r={"version": 2})
     for point in ("save_file", "_replace"):
         with monkeypatch.context() as patch:
             patch.setattr(saelens, point, fail)
@@ -317,21 +362,23 @@ def test_damaged_folders_are_named(damage: Any, says: str, tmp_path: Path) -> No
 # Interrupts and refusals
 
 
+@pytest.mark.parametrize("stop_at", [2, 15])
 def test_ctrl_c_saves_what_there_is(
-    tiny_models: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop_at: int, tiny_models: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = Run.step
 
     def step(self: Run, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self.step_number == 15:
+        if self.step_number == stop_at:
             raise KeyboardInterrupt
         return original(self, x)
 
     monkeypatch.setattr(Run, "step", step)
-    folders = train(run_config(tmp_path / "run", tiny_models["llama"], corpus))
-    state = c2r.load(folders["c2r"]).config["c2r"]["state"]
-    assert state["interrupted"] is True
-    assert state["tokens"] < 2560
+    with pytest.raises(KeyboardInterrupt):
+        train(run_config(tmp_path / "run", tiny_models["llama"], corpus))
+    state = c2r.load(tmp_path / "run" / "c2r").config["c2r"]["state"]
+    assert state["stopped"] == "KeyboardInterrupt"
+    assert state["tokens"] == stop_at * 128
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
@@ -341,12 +388,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     original = Run.step
 
     def step(self: Run, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return original(self, x if self.step_number < 3 else x * float("nan"))
+        broken = self.step_number >= 3 and self.config.name == "baseline"
+        return original(self, x * float("nan") if broken else x)
 
     monkeypatch.setattr(Run, "step", step)
     with pytest.raises(ValueError, match=r"saes\.baseline: the loss is nan at step 4"):
         train(config)
     assert not (tmp_path / "run" / "baseline").exists()
+    assert "the loss is nan" in c2r.load(tmp_path / "run" / "c2r").config["c2r"]["state"]["stopped"]
+
+
+def test_a_source_that_breaks_on_the_way_loses_no_sae(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    lines = [json.dumps({"text": f"line {i} and some more words"}) for i in range(400)]
+    path.write_text("\n".join([*lines, '{"body": "x"}']))
+    train_section = {"tokens": 10**6, "batch": 128, "lr": 1e-3, "device": "cpu"}
+    with pytest.raises(ValueError, match="no text under 'text'"):
+        train(run_config(tmp_path / "run", tiny_models["llama"], path, train=train_section))
+    assert c2r.load(tmp_path / "run" / "baseline").config["c2r"]["state"]["tokens"] > 1000
 
 
 def test_refusals_come_before_the_model_is_loaded(
@@ -362,13 +421,21 @@ def test_refusals_come_before_the_model_is_loaded(
     with pytest.raises(ValueError, match=r"output: .*holds something else \(thesis\.tex\)"):
         train(run_config(full, tiny_models["llama"], corpus), overwrite=True)
     assert (full / "thesis.tex").exists()
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match="cannot make the folder"):
         train(run_config(full / "thesis.tex", tiny_models["llama"], corpus))
     with pytest.raises(ValueError, match=r"data\.path: no file matches"):
         train(run_config(tmp_path / "a", tiny_models["llama"], tmp_path / "nowhere"))
-    (full / "run.yaml").write_text("seed: 0")
+    (full / "thesis.tex").unlink()
+    (full / "run.yaml").write_text("seed: 0")  # a user's own file of that name
+    with pytest.raises(ValueError, match=r"holds something else \(run\.yaml\)"):
+        train(run_config(full, tiny_models["llama"], corpus), overwrite=True)
+    (full / "run.yaml").write_text(trainer.RUN_MARK + "seed: 0")
     with pytest.raises(ValueError, match="earlier run; give another folder, or --overwrite"):
         train(run_config(full, tiny_models["llama"], corpus))
+    long = {"source": "files", "path": str(corpus), "context": 65}
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"data\.context: got 65; .* reads at most 64 tokens"):
+        train(run_config(tmp_path / "b", tiny_models["gpt2"], corpus, data=long))
 
 
 def test_overwrite_replaces_an_earlier_run(tiny_models: dict[str, Path], corpus: Path, tmp_path: Path) -> None:

@@ -51,11 +51,13 @@ def evaluate(
     out: Path | None = None,
     source: str | None = None,
     path: str | None = None,
-    split: str = "train",
-    text_field: str = "text",
+    split: str | None = None,
+    text_field: str | None = None,
+    context: int | None = None,
     tokens: int = 50_000,
     seed: int = 0,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Evaluate SAE folders, c2r's or SAELens's: one JSON an evaluation and SAE, and a table.
 
@@ -66,26 +68,31 @@ def evaluate(
         out: Folder for the results. Default: evaluations/ beside each SAE.
         source: Text: stdlib, files or hf. Default: that of the SAE's training, its held-out part if there is one.
         path: For files: a file, folder or glob; for hf: the data set.
-        split: For hf: the split.
-        text_field: Field of .jsonl files and data sets that holds the text.
+        split: For hf: the split. Default: train.
+        text_field: Field of .jsonl files and data sets that holds the text. Default: text.
+        context: Tokens of a row. Default: as in the SAE's training.
         tokens: Tokens to evaluate on.
         seed: Order of the text.
         device: auto, cpu, cuda, cuda:1…
+        trust_remote_code: Let code that the model brings run.
     """
-    from c2r.config import DataConfig
     from c2r.eval.suite import evaluate as evaluate_saes
     from c2r.report.table import print_results
 
-    data = None
+    changes = {"path": path, "split": split, "text_field": text_field, "context": context}
+    data = {name: value for name, value in changes.items() if value is not None}
     if source or path:
-        try:
-            data = DataConfig.model_validate(
-                {"source": source or "files", "path": path, "split": split, "text_field": text_field}
-            )
-        except ValueError as error:
-            raise ValueError(f"--source, --path: {error}") from None
+        data["source"] = source or "files"
     results = evaluate_saes(
-        list(saes), out, suites=tuple(suite.split(",")), model=model, data=data, tokens=tokens, seed=seed, device=device
+        list(saes),
+        out,
+        suites=tuple(suite.split(",")),
+        model=model,
+        data=data,
+        tokens=tokens,
+        seed=seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
     print_results(results)
     print(f"results: {out or ', '.join(sorted({str(folder.parent / 'evaluations') for folder in saes}))}")

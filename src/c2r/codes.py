@@ -75,13 +75,19 @@ def to_dense(acts: Acts) -> Tensor:
 
 
 def norms(acts: Acts) -> Tensor:
-    """‖f_i‖₂ of each latent over the batch, `[F]`; its gradient is 0 where a latent is silent."""
+    """‖f_i‖₂ of each latent over the batch, `[F]`, in at least fp32; its gradient is 0 where a latent is silent."""
     if isinstance(acts, Tensor):
-        square_F = acts.square().sum(0)
+        square_F = at_least_fp32(acts).square().sum(0)
     else:
-        square_F = acts.values_N.new_zeros(acts.width).index_add(0, acts.support.latents_N, acts.values_N.square())
+        square_N = at_least_fp32(acts.values_N).square()
+        square_F = square_N.new_zeros(acts.width).index_add(0, acts.support.latents_N, square_N)
     silent_F = square_F == 0
     return square_F.masked_fill(silent_F, 1.0).sqrt().masked_fill(silent_F, 0.0)
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """Half precision as fp32: a sum of squares over a batch overflows or vanishes there."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def l0(acts: Acts) -> Tensor:

@@ -6,7 +6,6 @@ Values that are found while running (scale, thresholds) live in the run's state 
 from __future__ import annotations
 
 import difflib
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +15,6 @@ from pydantic import Field, ValidationError, model_validator
 from c2r.methods import METHODS, AnySAE, ConsistencyConfig, Frozen, Positive, SAEConfig, Share, TopKConfig
 
 Hook = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 class ModelConfig(Frozen):
@@ -153,7 +151,7 @@ def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
         ValueError: what pydantic refuses, a line a fault.
     """
     try:
-        return RunConfig.model_validate(_numbers(raw))
+        return RunConfig.model_validate(raw)
     except ValidationError as error:
         lines = [_fault(fault, raw) for fault in error.errors()]
         raise ValueError(f"{where}: {len(lines)} fault(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
@@ -203,19 +201,11 @@ def _override(raw: Any, override: str) -> None:
         else:
             raise ValueError(f"--set {override}: {'.'.join(parts[:depth])} is {node!r}, which has no fields")
         if last:
-            node[place] = yaml.safe_load(value)
+            try:
+                node[place] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ValueError(f"--set {override}: {value!r} is not readable YAML: {error}") from error
         else:
             node = node.setdefault(place, {}) if isinstance(node, dict) else node[place]
             if node is None:
                 raise ValueError(f"--set {override}: {'.'.join(parts[: depth + 1])} is empty in the file; set it whole")
-
-
-def _numbers(node: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; take it as the number it was meant to be."""
-    if isinstance(node, dict):
-        return {key: _numbers(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_numbers(value) for value in node]
-    if isinstance(node, str) and _EXPONENT.fullmatch(node):
-        return float(node)
-    return node

@@ -8,20 +8,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from c2r.config import load_config
+from c2r.config import RunConfig, load_config
 from c2r.eval.results import write_json
 from c2r.eval.suite import evaluate
 from c2r.report.html import write_report
 from c2r.report.table import print_results, summary
-from c2r.train.trainer import METRICS_FILE, train
+from c2r.train.trainer import METRICS_FILE, RUN_FILE, train
+
+EVALUATION_TOKENS = 40_000
 
 
 def run_demo(out: Path) -> None:
     """Train, evaluate, print the table, write `summary.json` and `report.html` under `out`."""
     began = time.monotonic()
     console = Console()
-    config = load_config(Path(str(files("c2r") / "assets" / "demo.yaml")), (f"output={out}",))
-    folders = train(config, overwrite=True, console=console)
+    config = load_config(Path(str(files("c2r") / "assets" / "demo.yaml"))).model_copy(update={"output": out})
+    folders = train(config, overwrite=_is_a_demo(out, config), console=console)
     results = evaluate(list(folders.values()), out / "evaluations", tokens=EVALUATION_TOKENS, console=console)
     write_json(out / "summary.json", summary(results))
     write_report(out / "report.html", out / METRICS_FILE, out / "evaluations", list(folders))
@@ -34,4 +36,9 @@ def run_demo(out: Path) -> None:
     console.print(f"next: c2r.load('{folders['c2r']}') in Python, or a copy of {out / 'run.yaml'} and c2r train")
 
 
-EVALUATION_TOKENS = 40_000
+def _is_a_demo(out: Path, config: RunConfig) -> bool:
+    """Whether `out` holds this very demo, which may be made anew; anything else is the user's."""
+    try:
+        return load_config(out / RUN_FILE).model_copy(update={"output": out}) == config
+    except ValueError:
+        return False

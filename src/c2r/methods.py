@@ -9,12 +9,23 @@ the table of methods with their papers.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
+_WHOLE = re.compile(r"\d+(\.\d*)?[eE]\+?\d+")
+RESERVED = ("run.yaml", "metrics.jsonl", "summary.json", "report.html", "evaluations", "checkpoints")
+"""What else lies in a run's folder; no SAE can be called so."""
+
+
+def _whole(value: Any) -> Any:
+    """YAML 1.1 reads 2e6 as text; take it as the count it was meant to be."""
+    return int(float(value)) if isinstance(value, str) and _WHOLE.fullmatch(value) else value
+
+
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 
@@ -74,6 +85,13 @@ class SAEConfig(Frozen):
     dead_after_tokens: Positive = 10_000_000
     """A latent that has not fired for so many tokens is dead."""
     c2r: ConsistencyConfig | None = None
+    """None (null) trains without."""
+
+    @model_validator(mode="after")
+    def _name(self) -> SAEConfig:
+        if self.name.lower() in RESERVED:
+            raise ValueError(f"name: got {self.name!r}, which a run's folder has already; {RESERVED} cannot be used")
+        return self
 
 
 class TopKConfig(SAEConfig):

@@ -16,6 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from c2r.codes import at_least_fp32
+
 Mode = Literal["exact", "chunked"]
 TILE = 2048
 
@@ -71,9 +73,8 @@ class NeighborTable:
     """Nearest neighbours kept up to date while a decoder is trained.
 
     "lagged" (the default of training) is exact when made and afterwards renews a slice of its rows a call, all of
-    them within `cycle` calls. A stale neighbour is still a latent's close neighbour, so the penalty can only be
-    underestimated by it, and the cosine itself is always recomputed from the current decoder. "exact" and
-    "chunked" search anew at every call.
+    them within `cycle` calls. The cosine of a stale neighbour is recomputed from the current decoder, and is never
+    more than the true neighbour's. "exact" and "chunked" search anew at every call.
 
     Arguments:
         mode: "lagged", "exact" or "chunked".
@@ -143,7 +144,7 @@ def check_decoder(decoder: Tensor) -> None:
 
 def unit_rows(decoder_FD: Tensor) -> Tensor:
     """Rows of norm 1 in at least fp32; a zero row stays zero."""
-    return F.normalize(decoder_FD.to(torch.promote_types(decoder_FD.dtype, torch.float32)), dim=1)
+    return F.normalize(at_least_fp32(decoder_FD), dim=1)
 
 
 def _best_in_rows(unit_FD: Tensor, start: int, stop: int) -> torch.return_types.max:

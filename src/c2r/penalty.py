@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.codes import Codes, norms
+from c2r.codes import Codes, at_least_fp32, norms
 from c2r.neighbors import check_decoder, nearest_neighbors
 
 
@@ -78,7 +78,7 @@ def penalty_from_norms(
 
 def pair_cosines(decoder_FD: Tensor, neighbors_F: Tensor) -> Tensor:
     """cos(d_i, d_j*) of each latent and its neighbour `[F]`; 0 for a zero row and for a latent without neighbour."""
-    unit_FD = F.normalize(decoder_FD, dim=1)
+    unit_FD = F.normalize(at_least_fp32(decoder_FD), dim=1)
     cosine_F = (unit_FD * unit_FD.index_select(0, neighbors_F)).sum(1)
     alone_F = neighbors_F == torch.arange(len(neighbors_F), device=neighbors_F.device)
     return cosine_F.masked_fill(alone_F, 0.0)

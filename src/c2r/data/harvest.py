@@ -98,7 +98,7 @@ def load_language_model(config: ModelConfig, device: str | torch.device = "cpu")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
     except LayerError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"model.name: cannot load {config.name!r}; accepted are 'embedded', a folder in Hugging Face format, or a "
             f"Hub id: {error}"

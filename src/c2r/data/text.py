@@ -7,6 +7,7 @@ import json
 import random
 import sysconfig
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,24 @@ PAIRS_PER_LIST = 40
 def stdlib_files() -> list[Path]:
     """The `.py` files of the running Python's standard library, tests left out, sorted by their path."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [p for p in root.rglob("*.py") if not _SKIPPED.intersection(p.relative_to(root).parts)]
-    if not files:
+    found = [p for p in root.rglob("*.py") if not _SKIPPED.intersection(p.relative_to(root).parts)]
+    if not found:
         raise ValueError(f"data.source: 'stdlib' found no Python source under {root}; use source 'files' or 'hf'")
-    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
 def stdlib_documents(seed: int = 0, held_out: bool | None = None) -> Iterator[str]:
     """The standard library's source, a file a document, shuffled by `seed`.
 
-    `held_out` picks the part that the embedded model never trained on (every twentieth file), the rest,
-    or, when None, all of it.
+    `held_out` picks the files that the embedded model never trained on (a list of names that ships with the package,
+    one in twenty, so that another Python version holds out the same ones), the rest, or, when None, all.
     """
-    files = stdlib_files()
+    root, paths = Path(sysconfig.get_paths()["stdlib"]), stdlib_files()
     if held_out is not None:
-        files = [path for i, path in enumerate(files) if (i % 20 == 19) == held_out]
-    random.Random(seed).shuffle(files)
-    for path in files:
+        names = set((files("c2r") / "assets" / "held_out.txt").read_text(encoding="utf-8").split())
+        paths = [path for path in paths if (path.relative_to(root).as_posix() in names) == held_out]
+    random.Random(seed).shuffle(paths)
+    for path in paths:
         text = path.read_text(encoding="utf-8", errors="replace")
         if text.strip():
             yield text
@@ -75,8 +77,9 @@ def file_documents(pattern: str, text_field: str = "text", seed: int = 0) -> Ite
             continue
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _field(line, text_field, f"{path}:{number}")
+                text = _field(line, text_field, f"{path}:{number}") if line.strip() else ""
+                if text.strip():
+                    yield text
 
 
 def _field(line: str, text_field: str, where: str) -> str:

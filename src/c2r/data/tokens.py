@@ -36,7 +36,7 @@ def documents(config: DataConfig, seed: int, *, held_out: bool = False) -> Itera
     """The documents of the configured source.
 
     `held_out` asks for text to evaluate on: for `stdlib` the files that neither the embedded model nor an SAE is
-    trained on, for other sources another order of the same text (give an evaluation split to do better).
+    trained on. Other sources have no such part: it is the same text, and the caller has to say so.
     """
     if config.source == "stdlib":
         return stdlib_documents(seed, held_out=held_out)
@@ -73,18 +73,19 @@ def packed_rows(
     filler = next((i for i in (tokenizer.pad_token_id, eos, bos) if i is not None), 0)
     opening = [] if bos is None else [bos]
     room = config.context - len(opening)
-    lists = spelling_lists(config, tokenizer, seed)
+    # Evaluation sees other lists than training, as it sees other files.
+    lists = spelling_lists(config, tokenizer, seed + 1_000_003 if held_out else seed)
     for epoch in itertools.count() if epochs is None else range(epochs):
         texts = documents(config, seed + epoch, held_out=held_out)
         tokens = itertools.chain.from_iterable(_token_lists(texts, lists, config.words, tokenizer, eos))
-        empty = True
+        empty = True  # also if every token is special: rows without end would hold nothing to learn from
         while batch := list(itertools.islice(_cut(tokens, room), rows)):
-            empty = False
             lengths = torch.tensor([[len(opening) + len(row)] for row in batch])
             ids = torch.tensor([opening + row + [filler] * (room - len(row)) for row in batch])
             real = torch.arange(config.context) < lengths
             for token in special:
                 real &= ids != token
+            empty &= not bool(real.any())
             yield Rows(ids, real)
         if empty:
             raise ValueError(f"data.source: {config.path or config.source} holds no text; nothing to train on")

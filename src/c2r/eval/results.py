@@ -36,7 +36,7 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            json.dump(_finite(content), file, indent=2)
+            json.dump(_finite(content, None), file, indent=2)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
@@ -65,9 +65,10 @@ def write_result(
             "eval_config": config,
             "eval_id": str(uuid.uuid4()),
             "datetime_epoch_millis": int(time.time() * 1000),
-            "eval_result_metrics": metrics,
+            # SAEBench's core schema demands every figure, -1 where there is none.
+            "eval_result_metrics": _finite(metrics, -1 if evaluation == "core" else None),
             "eval_result_details": details or [],
-            "sae_bench_commit_hash": None,
+            "sae_bench_commit_hash": "",
             "sae_lens_id": sae_name,
             "sae_lens_release_id": "c2r",
             "sae_lens_version": sae_config.get("metadata", {}).get("sae_lens_version"),
@@ -78,9 +79,9 @@ def write_result(
     return path
 
 
-def _finite(node: Any) -> Any:
+def _finite(node: Any, missing: int | None) -> Any:
     if isinstance(node, dict):
-        return {key: _finite(value) for key, value in node.items()}
+        return {key: _finite(value, missing) for key, value in node.items()}
     if isinstance(node, list | tuple):
-        return [_finite(value) for value in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node
+        return [_finite(value, missing) for value in node]
+    return missing if isinstance(node, float) and not math.isfinite(node) else node

@@ -8,42 +8,72 @@ D width of the activations · F latents · n tokens.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from c2r.eval.results import Histogram, histogram
-from c2r.neighbors import nearest_neighbors, random_floor
+from c2r.neighbors import Neighbors, nearest_neighbors, random_floor
 
 
 class Cofiring:
-    """Counts of each latent and its nearest neighbour firing, over tokens."""
+    """Which latents fire on which tokens, and from that how each alive latent fires with its nearest alive neighbour.
+
+    Holds two integers a non-zero.
+    """
 
     def __init__(self, W_dec_FD: Tensor) -> None:
         self.W_dec_FD = W_dec_FD.detach()
-        self.neighbor_F = nearest_neighbors(self.W_dec_FD).index
         self.fired_F = torch.zeros(len(W_dec_FD), dtype=torch.long, device=W_dec_FD.device)
-        self.both_F = torch.zeros_like(self.fired_F)
         self.tokens = 0
+        self._fires: list[tuple[Tensor, Tensor]] = []
 
     def add(self, acts_nF: Tensor) -> None:
         """Count a batch of tokens."""
-        fires_nF = acts_nF != 0
-        self.fired_F += fires_nF.sum(0)
-        self.both_F += (fires_nF & fires_nF[:, self.neighbor_F]).sum(0)
+        tokens_N, latents_N = acts_nF.nonzero(as_tuple=True)
+        self.fired_F += torch.bincount(latents_N, minlength=len(self.fired_F))
+        self._fires.append((tokens_N.int(), latents_N.int()))
         self.tokens += len(acts_nF)
 
+    @cached_property
+    def alive_A(self) -> Tensor:
+        """Latents that fired; read it when all batches have been added."""
+        return (self.fired_F > 0).nonzero().squeeze(1)
+
+    @cached_property
+    def neighbors(self) -> Neighbors:
+        """Nearest neighbours among alive latents, `index` counting in `alive_A`; empty with fewer than two."""
+        rows_AD = self.W_dec_FD[self.alive_A]
+        if len(rows_AD) < 2:
+            return Neighbors(self.alive_A[:0], rows_AD.new_empty(0))
+        return nearest_neighbors(rows_AD)
+
+    def max_cos(self) -> Tensor:
+        """Nearest-neighbour cosine among alive latents, one value an alive latent."""
+        return self.neighbors.cosine
+
     def phi(self) -> Tensor:
-        """φ = (n11·n00 − n10·n01) / √(n1·n0·n·1·n·0) of each latent and its neighbour `[F]`; NaN if one is constant."""
-        n, n1, m1 = float(self.tokens), self.fired_F.double(), self.fired_F[self.neighbor_F].double()
-        n11 = self.both_F.double()
+        """φ = (n11·n00 − n10·n01) / √(n1·n0·n·1·n·0) of each alive latent and its neighbour; NaN if one is constant."""
+        if len(self.neighbors.index) == 0:
+            return self.W_dec_FD.new_empty(0)
+        partner_A = self.alive_A[self.neighbors.index]
+        n, n1, m1 = float(self.tokens), self.fired_F[self.alive_A].double(), self.fired_F[partner_A].double()
+        n11 = self._together(partner_A)[self.alive_A].double()
         n10, n01 = n1 - n11, m1 - n11
         n00 = n - n11 - n10 - n01
         return (n11 * n00 - n10 * n01) / (n1 * (n - n1) * m1 * (n - m1)).sqrt()
 
-    def max_cos(self) -> Tensor:
-        """Nearest-neighbour cosine among alive latents, one value an alive latent; empty with fewer than two."""
-        alive_AD = self.W_dec_FD[self.fired_F > 0]
-        return nearest_neighbors(alive_AD).cosine if len(alive_AD) > 1 else alive_AD.new_empty(0)
+    def _together(self, partner_A: Tensor) -> Tensor:
+        """On how many tokens each latent fires together with its partner, `[F]`."""
+        width, both_F = len(self.fired_F), torch.zeros_like(self.fired_F)
+        partner_F = torch.zeros_like(self.fired_F)
+        partner_F[self.alive_A] = partner_A
+        for tokens_N, latents_N in self._fires:
+            latents, start = latents_N.long(), tokens_N.long() * width
+            hit = torch.isin(start + partner_F[latents], start + latents)
+            both_F += torch.bincount(latents[hit], minlength=width)
+        return both_F
 
     def metrics(self) -> dict[str, float]:
         """Summary of both; cosines are the optimised quantity."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -26,10 +27,11 @@ def evaluate(
     *,
     suites: tuple[str, ...] = ("core",),
     model: str | None = None,
-    data: DataConfig | None = None,
+    data: dict[str, Any] | None = None,
     tokens: int = 50_000,
     seed: int = 0,
     device: str = "auto",
+    trust_remote_code: bool = False,
     console: Console | None = None,
 ) -> dict[str, CoreResult]:
     """Evaluate SAEs that read the same hook point.
@@ -38,8 +40,10 @@ def evaluate(
         folders: SAE folders, c2r's or SAELens's.
         out: where result files go; None: `evaluations/` beside each SAE folder.
         model: name of the language model; None: the one each SAE was trained on.
-        data: text; None: that of training, its held-out part where there is one.
+        data: settings of the text (`DataConfig`) that replace those of training. For `stdlib` the held-out part is
+            read; other sources have none, which is said.
         tokens: real tokens to evaluate on.
+        trust_remote_code: whether code that a model brings may run; an SAE's own word on that is not taken.
 
     Raises:
         ValueError: an unknown suite, a folder that is no SAE, SAEs of different hook points, a model that does not
@@ -55,22 +59,36 @@ def evaluate(
         raise ValueError("no SAE folder given")
     chosen_device = pick_device(device)
     saes = {name: load_sae(folder).to(chosen_device) for name, folder in _names(folders).items()}
-    models = {name: model_of(sae.config, model) for name, sae in saes.items()}
+    models = {name: model_of(sae.config, model, trust_remote_code) for name, sae in saes.items()}
     first = next(iter(models.values()))
     for name, other in models.items():
         if other != first:
             raise ValueError(f"{name} reads {other}, but {next(iter(models))} reads {first}; evaluate them apart")
-    if data is None:
-        data = data_of(next(iter(saes.values())).config)
-    check_source(data)
+    text = data_of(next(iter(saes.values())).config, data or {})
+    check_source(text)
     lm = load_language_model(first, chosen_device)
-    rows = packed_rows(data, lm.tokenizer, seed=seed, held_out=True, rows=16)
+    console.print(f"evaluating on {text.path or text.source}, rows of {text.context} tokens", highlight=False)
+    if text.source != "stdlib":
+        console.print("[yellow]this source keeps no part from training; the text may have been trained on[/]")
+    # Logits are the largest thing here: rows so many that a batch of them has at most 2²⁶ numbers.
+    vocabulary = lm.model.config.get_text_config().vocab_size
+    size = max(1, min(16, 2**26 // (text.context * vocabulary)))
+    rows = packed_rows(text, lm.tokenizer, seed=seed, held_out=True, rows=size)
     with _progress(console) as progress:
         task = progress.add_task("core evaluation", total=tokens)
         results = evaluate_core(
             lm, saes, _until(rows, tokens), progress=lambda count: progress.update(task, advance=count)
         )
-    settings = {"model": first.model_dump(mode="json"), "data": data.model_dump(mode="json"), "tokens": tokens}
+    seen = next(iter(results.values())).core["token_stats"]["total_tokens_eval_sparsity_variance"]
+    if seen < tokens:
+        console.print(f"[yellow]the text ended after {seen:,} of {tokens:,} tokens[/]")
+    settings = {
+        "model": first.model_dump(mode="json"),
+        "data": text.model_dump(mode="json"),
+        "held_out": text.source == "stdlib",
+        "tokens": seen,
+        "seed": seed,
+    }
     for (name, folder), result in zip(_names(folders).items(), results.values(), strict=True):
         where = out or folder.parent / "evaluations"
         common: dict[str, Any] = {"sae_name": name, "sae_config": saes[name].config, "config": settings}
@@ -83,27 +101,41 @@ def evaluate(
     return results
 
 
-def model_of(config: dict[str, Any], name: str | None) -> ModelConfig:
+def model_of(config: dict[str, Any], name: str | None, trust_remote_code: bool = False) -> ModelConfig:
     """The model and hook point that an SAE reads, from its `cfg.json`; `name` replaces the model's name.
 
     Raises:
         ValueError: the file says neither in our words nor in SAELens's.
     """
+    trust = {"trust_remote_code": trust_remote_code}
     if "c2r" in config:
-        given = ModelConfig.model_validate(config["c2r"]["model"])
-        return given if name is None else given.model_copy(update={"name": name})
+        given = ModelConfig.model_validate(config["c2r"]["model"] | trust)
+        return given if name is None else given.model_copy(update={"name": name, "revision": None})
     metadata = config.get("metadata", {})
     place = str(metadata.get("hook_name", ""))
     match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_out|attn_out)", place)
     name = name or metadata.get("model_name")
     if match is None or name is None:
         raise ValueError(f"cfg.json: cannot tell the hook point from hook_name {place!r} and model_name {name!r}")
-    return ModelConfig.model_validate({"name": name, "layer": int(match[1]), "hook": match[2]})
+    return ModelConfig.model_validate({"name": name, "layer": int(match[1]), "hook": match[2], **trust})
 
 
-def data_of(config: dict[str, Any]) -> DataConfig:
-    """The text that an SAE was trained on, or the standard library where its file does not say."""
-    return DataConfig.model_validate(config["c2r"]["data"]) if "c2r" in config else DataConfig()
+def data_of(config: dict[str, Any], changes: dict[str, Any]) -> DataConfig:
+    """The text that an SAE was trained on, or the standard library where its file does not say, with `changes`.
+
+    A change of source keeps nothing of the old one but the length of rows.
+
+    Raises:
+        ValueError: the changes do not make a source.
+    """
+    context = config.get("metadata", {}).get("context_size") or DataConfig().context
+    given = config["c2r"]["data"] if "c2r" in config else {"context": context}
+    if "source" in changes:
+        given = {"context": given["context"]}
+    try:
+        return DataConfig.model_validate(given | changes)
+    except ValidationError as error:
+        raise ValueError("; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())) from None
 
 
 def _names(folders: list[Path]) -> dict[str, Path]:

@@ -92,6 +92,8 @@ def load_sae(path: str | Path) -> SAE:
         tensors = load_file(folder / WEIGHTS)
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder}: damaged SAE folder: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}/{CONFIG}: expected an object, got {type(config).__name__}")
     architecture = config.get("architecture")
     if architecture not in _TENSORS:
         raise ValueError(f"{folder}/{CONFIG}: architecture is {architecture!r}; read are {', '.join(_TENSORS)}")
@@ -105,8 +107,14 @@ def load_sae(path: str | Path) -> SAE:
         shape = shapes.get(name, (width,))
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{folder}/{WEIGHTS}: {name} is {list(tensor.shape)}, {CONFIG} says {list(shape)}")
-    if config.get("normalize_activations", "none") != "none":
-        raise ValueError(f"{folder}: normalize_activations {config['normalize_activations']!r}; only 'none' is read")
+    for key in ("normalize_activations", "reshape_activations"):
+        if config.get(key, "none") != "none":
+            raise ValueError(f"{folder}/{CONFIG}: {key} is {config[key]!r}; only 'none' is read")
+    unit = torch.ones(tensors["W_dec"].shape[0])
+    if config.get("rescale_acts_by_decoder_norm") and not torch.allclose(tensors["W_dec"].float().norm(dim=1), unit):
+        raise ValueError(
+            f"{folder}/{CONFIG}: rescale_acts_by_decoder_norm with rows that are not of unit norm is not read"
+        )
     by_name = {name: tensor.float() for name, tensor in tensors.items()}
     k = config.get("k") if architecture in ("topk", "abs_topk") else None
     return SAE(
@@ -118,7 +126,7 @@ def load_sae(path: str | Path) -> SAE:
         extra=Extra(by_name.get("threshold"), by_name.get("r_mag"), by_name.get("b_mag"), k),
         subtract_b_dec=config.get("apply_b_dec_to_input", True),
         config=config,
-    )
+    ).requires_grad_(False)
 
 
 def _replace(partial: Path, folder: Path) -> None:
@@ -130,6 +138,11 @@ def _replace(partial: Path, folder: Path) -> None:
     if folder.exists():
         old = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.old"
         folder.rename(old)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except BaseException:
+        if old is not None:
+            old.rename(folder)
+        raise
     if old is not None:
         shutil.rmtree(old)

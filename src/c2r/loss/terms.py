@@ -82,7 +82,7 @@ def aux_k(forward: Forward, k: int) -> Tensor:
         acts_BZ = torch.zeros_like(acts_BZ).scatter(1, best.indices, best.values)
     missed = (residual_BD - acts_BZ @ sae.W_dec[dead_Z]).square().sum(1).mean()
     variance = (residual_BD - residual_BD.mean(0)).square().sum(1).mean()
-    return (missed / variance).nan_to_num(0.0)
+    return missed / variance if variance > 0 else missed.new_zeros(())
 
 
 def l1(acts_BF: Tensor, norms_F: Tensor | None = None) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -38,6 +40,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         self.file = self.path.open("w", encoding="utf-8")
         self.progress.start()
+        self.began = time.monotonic()
         return self
 
     def __exit__(
@@ -47,8 +50,9 @@ class RunLog:
         if self.file:
             self.file.close()
 
-    def step(self, sae: str, step: int, tokens: int, seconds: float, measured: dict[str, Tensor], last: bool) -> None:
-        """Show and write what one SAE measured in a step; `tokens` and `seconds` are of the run so far."""
+    def step(self, sae: str, step: int, tokens: int, measured: dict[str, Tensor], *, last: bool) -> None:
+        """Show and write what one SAE measured in a step; `tokens` counts the run so far."""
+        seconds = time.monotonic() - self.began
         if sae not in self.tasks:
             self.tasks[sae] = self.progress.add_task(sae, total=self.tokens, figures="")
         if step % self.every and not last:
@@ -66,6 +70,7 @@ class RunLog:
                 soft_wrap=True,
             )
         if self.file:
-            line = {"sae": sae, "step": step, "tokens": tokens, "seconds": round(seconds, 3), **figures}
+            finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            line = {"sae": sae, "step": step, "tokens": tokens, "seconds": round(seconds, 3), **finite}
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()

@@ -63,6 +63,8 @@ class Run(Generic[Config]):
         self.sae = (self._random_sae(d_in) if start is None else start).to(device)
         self.threshold = torch.tensor(-1.0, device=device)
         """Of batch-top-k's inference form, learnt while training; −1 until it is first measured."""
+        self.smallest = torch.tensor(-1.0, device=device)
+        """The last batch's measure of it, which serves an SAE that is saved before."""
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=train.lr, betas=(0.9, 0.999), fused=True)
         self.product_dtype = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
         self.selector = BatchTopK()
@@ -72,6 +74,7 @@ class Run(Generic[Config]):
             group_ends(config.fractions, config.width) if isinstance(config, MatryoshkaConfig) else (config.width,)
         )
         self.silent_tokens_F = torch.zeros(config.width, dtype=torch.long, device=device)
+        self.ever_fired_F = torch.zeros(config.width, dtype=torch.bool, device=device)
         self.p, self.p_scale = 1.0, 1.0
         self.step_number = 0
         self._neighbors: tuple[int, Tensor] | None = None
@@ -122,7 +125,7 @@ class Run(Generic[Config]):
                 "loss": loss.detach(),
                 "ev": 1 - error / spread,
                 "l0": l0(encoded.acts),
-                "alive": (self.silent_tokens_F < min(ALIVE_TOKENS, self.config.dead_after_tokens)).float().mean(),
+                "alive": self.alive_F.float().mean(),
                 "penalty_ratio": losses["c2r"].detach() / error,
             }
 
@@ -161,16 +164,24 @@ class Run(Generic[Config]):
         For batch-top-k it is the batch's smallest, for the others the mean over tokens of each token's smallest.
         """
         self.silent_tokens_F += batch
-        self.silent_tokens_F[fired(acts)] = 0
-        if isinstance(self.config, TopKConfig) and isinstance(acts, Codes) and self.step_number > self.threshold_start:
-            smallest = _smallest(acts, of_each_token=self.recipe.architecture != "jumprelu")
-            moved = self.threshold.lerp(smallest, 1 - self.threshold_decay)
-            self.threshold = torch.where(self.threshold < 0, smallest, moved)
+        fired_F = fired(acts)
+        self.silent_tokens_F[fired_F] = 0
+        self.ever_fired_F |= fired_F
+        if isinstance(self.config, TopKConfig) and isinstance(acts, Codes):
+            self.smallest = _smallest(acts, of_each_token=self.recipe.architecture != "jumprelu")
+            if self.step_number > self.threshold_start:
+                moved = self.threshold.lerp(self.smallest, 1 - self.threshold_decay)
+                self.threshold = torch.where(self.threshold < 0, self.smallest, moved)
 
     @property
     def dead_F(self) -> Tensor:
         """Latents silent for `dead_after_tokens`, bool `[F]`."""
         return self.silent_tokens_F >= self.config.dead_after_tokens
+
+    @property
+    def alive_F(self) -> Tensor:
+        """Latents that fired within `ALIVE_TOKENS` (or `dead_after_tokens` if that is less), bool `[F]`."""
+        return self.ever_fired_F & (self.silent_tokens_F < min(ALIVE_TOKENS, self.config.dead_after_tokens))
 
     @property
     def k(self) -> int:
@@ -217,19 +228,22 @@ class Run(Generic[Config]):
     def export(self, scale: float = 1.0) -> SAE:
         """The SAE for activations as the model gives them, `scale` times those it was trained on (folded in).
 
+        An SAE saved before its threshold is tracked has that of the last batch.
+
         Raises:
-            ValueError: the run is too short to have learnt a threshold.
+            ValueError: no step was made, or weights are not finite.
         """
         sae, extra = self.sae, self.sae.extra
+        broken = [name for name, weight in sae.named_parameters() if not torch.isfinite(weight).all()]
+        if broken:
+            raise ValueError(f"saes.{self.config.name}: {', '.join(broken)} hold NaN or infinity; not saved")
         if self.recipe.architecture in ("topk", "abs_topk"):
             extra = Extra(k=self.config.k)
         elif self.recipe.architecture == "jumprelu" and extra.threshold is None:
-            if self.threshold < 0:
-                raise ValueError(
-                    f"saes.{self.config.name}: after {self.step_number} steps no inference threshold has been learnt "
-                    f"yet (it is tracked from step {self.threshold_start + 1} on)"
-                )
-            extra = Extra(threshold=self.threshold.expand(sae.width))
+            threshold = torch.where(self.threshold < 0, self.smallest, self.threshold)
+            if threshold < 0:
+                raise ValueError(f"saes.{self.config.name}: no step was made, so there is no inference threshold")
+            extra = Extra(threshold=threshold.expand(sae.width))
         return rescaled(sae, scale, self.recipe.architecture, extra)
 
 

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from c2r.config import RunConfig
 from c2r.data.harvest import LanguageModel, load_language_model, pick_device
 from c2r.data.stream import ActivationStream
 from c2r.data.tokens import check_source, packed_rows
 from c2r.interop.saelens import hook_name, save_sae
-from c2r.methods import SAEConfig
+from c2r.methods import RESERVED, SAEConfig
 from c2r.penalty import lambda_of_strength, strength_of_lambda
 from c2r.train.log import RunLog
 from c2r.train.run import Run
 from c2r.train.start import check_start, starting_weights
 
 RUN_FILE, METRICS_FILE = "run.yaml", "metrics.jsonl"
+RUN_MARK = "# Written by c2r: the configuration of the run in this folder.\n"
+"""First line of a recorded configuration; a folder without it is not ours to overwrite."""
 
 
 def train(config: RunConfig, *, overwrite: bool = False, console: Console | None = None) -> dict[str, Path]:
     """Train the configured SAEs and return the folder of each.
 
-    Ctrl-C ends training early and saves the SAEs as they are, said so in their `cfg.json`.
+    Whatever ends training early, Ctrl-C included, is raised again after the SAEs have been saved as they are, with
+    the reason in their `cfg.json`.
 
     Raises:
         ValueError: anything wrong with the configuration that shows before training, an output folder that holds
@@ -41,64 +46,109 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
     check_output(config.output, overwrite)
     device = pick_device(config.train.device)
     lm = load_language_model(config.model, device)
+    check_context(config, lm)
     # Text is read as often as the configured tokens ask for, each pass in another order.
     rows = packed_rows(config.data, lm.tokenizer, seed=config.seed, rows=config.stream.rows, epochs=None)
     console.print(f"model {config.model.name}, {hook_name(config.model.layer, config.model.hook)}, width {lm.d_in}")
     stream = ActivationStream(lm, rows, config.stream, seed=config.seed, device=device)
     runs = [_new_run(sae, config, lm.d_in, stream.scale, device) for sae in config.saes]
     _prepare_output(config)
-    done, interrupted = 0, False
+    state: dict[str, Any] = {"tokens": 0, "stopped": None, "scale": stream.scale, "median_norm": stream.median_norm}
     with RunLog(config.output / METRICS_FILE, config.train.tokens, config.train.log_every, console) as log:
-        began = time.monotonic()
         try:
-            for x_BD in stream.batches(config.train.batch, config.train.tokens):
-                done += len(x_BD)
-                for run in runs:
-                    measured = run.step(x_BD)
-                    last = done >= config.train.tokens
-                    log.step(run.config.name, run.step_number, done, time.monotonic() - began, measured, last)
-                    if not torch.isfinite(measured["loss"]):
-                        raise ValueError(
-                            f"saes.{run.config.name}: the loss is {measured['loss'].item()} at step {run.step_number}; "
-                            f"a lower train.lr (now {config.train.lr}) may help. Nothing was saved"
-                        )
-        except KeyboardInterrupt:
-            interrupted = True
-            console.print(f"[yellow]interrupted after {done:,} of {config.train.tokens:,} tokens; saving[/]")
-    state = {"tokens": done, "interrupted": interrupted, "scale": stream.scale, "median_norm": stream.median_norm}
-    return {run.config.name: _save(run, config, lm, stream.scale, state, console) for run in runs}
+            for tokens, run, measured in _steps(runs, stream, config):
+                state["tokens"] = tokens
+                log.step(run.config.name, run.step_number, tokens, measured, last=tokens >= config.train.tokens)
+        except BaseException as error:
+            state["stopped"] = f"{type(error).__name__}: {error}".rstrip(": ")
+            console.print(f"[yellow]stopped after {state['tokens']:,} of {config.train.tokens:,} tokens; saving[/]")
+            _save_what_can_be(runs, config, lm, state, console)
+            raise
+    return {run.config.name: _save(run, config, lm, state, console) for run in runs}
+
+
+def _steps(
+    runs: list[Run[Any]], stream: ActivationStream, config: RunConfig
+) -> Iterator[tuple[int, Run[Any], dict[str, torch.Tensor]]]:
+    """Every SAE's step on every batch, with the tokens seen so far."""
+    done = 0
+    for x_BD in stream.batches(config.train.batch, config.train.tokens):
+        done += len(x_BD)
+        for run in runs:
+            measured = run.step(x_BD)
+            if not torch.isfinite(measured["loss"]):
+                raise ValueError(
+                    f"saes.{run.config.name}: the loss is {measured['loss'].item()} at step {run.step_number}; "
+                    f"a lower train.lr (now {config.train.lr}) may help"
+                )
+            yield done, run, measured
+
+
+def check_context(config: RunConfig, lm: LanguageModel) -> None:
+    """Refuse rows longer than the model can read.
+
+    Raises:
+        ValueError: names the field and the limit.
+    """
+    positions = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.data.context > positions:
+        raise ValueError(
+            f"data.context: got {config.data.context}; {config.model.name} reads at most {positions} tokens"
+        )
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds anything but a run that may be overwritten.
+    """Refuse a folder that holds anything but a run of c2r's that may be overwritten; make it where it is not.
 
     Raises:
         ValueError: says what is there.
     """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output: {output} is a file; give a folder that is new or empty")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not (output / RUN_FILE).is_file():
-        held = ", ".join(sorted(path.name for path in output.iterdir())[:5])
-        raise ValueError(f"output: {output} holds something else ({held}); give a folder that is new or empty")
-    if not overwrite:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output: cannot make the folder {output}: {error.strerror}") from error
+    foreign = sorted(path.name for path in output.iterdir() if not _is_ours(path))
+    if foreign:
+        raise ValueError(
+            f"output: {output} holds something else ({', '.join(foreign[:5])}); give a new or empty folder"
+        )
+    if any(output.iterdir()) and not overwrite:
         raise ValueError(f"output: {output} holds an earlier run; give another folder, or --overwrite to replace it")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether c2r wrote this into a run's folder: only that is ever overwritten."""
+    try:
+        if path.name == RUN_FILE:
+            return path.read_text(encoding="utf-8").startswith(RUN_MARK)
+        if (path / "cfg.json").is_file():
+            return "c2r" in json.loads((path / "cfg.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return path.name in RESERVED
 
 
 def _prepare_output(config: RunConfig) -> None:
     """Clear what an earlier run left (`check_output` allowed it) and record the configuration as it was written."""
-    if (config.output / RUN_FILE).is_file():
-        for path in config.output.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    config.output.mkdir(parents=True, exist_ok=True)
+    for path in config.output.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     written = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    (config.output / RUN_FILE).write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
+    text = RUN_MARK + yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
+    (config.output / RUN_FILE).write_text(text, encoding="utf-8")
 
 
-def _save(
-    run: Run[Any], config: RunConfig, lm: LanguageModel, scale: float, state: dict[str, Any], console: Console
-) -> Path:
+def _save_what_can_be(
+    runs: list[Run[Any]], config: RunConfig, lm: LanguageModel, state: dict[str, Any], console: Console
+) -> None:
+    """Save each SAE that is whole; one that is not does not keep the others from it."""
+    for run in runs:
+        try:
+            _save(run, config, lm, state, console)
+        except ValueError as error:
+            console.print(f"[yellow]{escape(str(error))}[/]")
+
+
+def _save(run: Run[Any], config: RunConfig, lm: LanguageModel, state: dict[str, Any], console: Console) -> Path:
     folder = config.output / run.config.name
     metadata = {
         "model_name": config.model.name,
@@ -115,7 +165,7 @@ def _save(
         "sae": run.config.model_dump(mode="json", by_alias=True),
         "state": {**state, **_both_units(run, config)},
     }
-    save_sae(run.export(scale), folder, metadata=metadata, c2r=ours)
+    save_sae(run.export(state["scale"]), folder, metadata=metadata, c2r=ours)
     console.print(f"saved {folder}")
     return folder
 
