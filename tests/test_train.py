@@ -118,19 +118,20 @@ def test_decoder_rows_stay_at_unit_norm_and_silent_latents_are_counted() -> None
     assert torch.equal(run.dead_F, run.silent_tokens_F >= 1024)
 
 
-def test_aux_k_reaches_encoder_and_decoder_of_dead_latents_alone() -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_aux_k_reaches_encoder_and_decoder_of_dead_latents_alone(signed: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     W_enc, W_dec = (torch.randn(10, 6, generator=generator) for _ in range(2))
     sae = SAE(W_enc, torch.zeros(10), W_dec, torch.zeros(6), architecture="standard")
     x = torch.randn(50, 6, generator=generator)
     dead = torch.arange(10) >= 6
     alive = sae.encode(x).detach() * ~dead
-    loss = aux_k(Forward(sae, x, Encoded(alive), dead, (10,)), 2)
+    loss = aux_k(Forward(sae, x, Encoded(alive), dead, (10,)), 2, signed=signed)
     for gradient in torch.autograd.grad(loss, (sae.W_enc, sae.b_enc, sae.W_dec)):
         assert torch.equal(gradient.reshape(10, -1).abs().sum(1) > 0, dead)
     # By the definition: the two strongest dead latents of a token reconstruct its residual.
-    acts = (x @ W_enc.T).relu() * dead
-    acts = acts * (acts >= acts.topk(2).values[:, 1:])
+    acts = (x @ W_enc.T if signed else (x @ W_enc.T).relu()) * dead
+    acts = acts * (acts.abs() >= acts.abs().topk(2).values[:, 1:])
     residual = x - alive @ W_dec
     expected = (residual - acts @ W_dec).square().sum() / (residual - residual.mean(0)).square().sum()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

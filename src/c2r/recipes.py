@@ -91,7 +91,8 @@ def _prefixes(run: Run[Any], forward: Forward) -> Tensor:
 
 
 def _aux_k(run: Run[Any], forward: Forward) -> Tensor:
-    return run.config.aux_coefficient * terms.aux_k(forward, run.config.aux_k or max(1, run.sae.d_in // 2))
+    k, signed = run.config.aux_k or max(1, run.sae.d_in // 2), run.recipe.architecture == "abs_topk"
+    return run.config.aux_coefficient * terms.aux_k(forward, k, signed=signed)
 
 
 def _orthogonality(run: Run[Any], forward: Forward) -> Tensor:

@@ -67,19 +67,21 @@ def reconstruction(forward: Forward, weights: tuple[float, ...] = (1.0,)) -> Ten
     return reduce(torch.add, errors)
 
 
-def aux_k(forward: Forward, k: int) -> Tensor:
+def aux_k(forward: Forward, k: int, *, signed: bool = False) -> Tensor:
     """The residual's FVU when the top `k` dead latents a token reconstruct it (Gao et al. 2024, arXiv 2406.04093).
 
-    The residual is data here; the gradient reaches the dead latents' encoder and decoder rows and no other.
+    The residual is data here; the gradient reaches the dead latents' encoder and decoder rows and no other. With
+    `signed` they are the top in absolute value, with their sign.
     """
     dead_Z = forward.dead_F.nonzero().squeeze(1)
     if len(dead_Z) == 0:
         return forward.x_BD.new_zeros(())
     sae, residual_BD = forward.sae, forward.error_BD.detach()
-    acts_BZ = F.relu(F.linear(sae.centred(forward.x_BD), sae.W_enc[dead_Z], sae.b_enc[dead_Z]))
+    pre_BZ = F.linear(sae.centred(forward.x_BD), sae.W_enc[dead_Z], sae.b_enc[dead_Z])
+    acts_BZ = pre_BZ if signed else F.relu(pre_BZ)
     if k < len(dead_Z):
-        best = acts_BZ.topk(k, dim=1, sorted=False)
-        acts_BZ = torch.zeros_like(acts_BZ).scatter(1, best.indices, best.values)
+        best = acts_BZ.abs().topk(k, dim=1, sorted=False).indices
+        acts_BZ = torch.zeros_like(acts_BZ).scatter(1, best, acts_BZ.gather(1, best))
     missed = (residual_BD - acts_BZ @ sae.W_dec[dead_Z]).square().sum(1).mean()
     variance = (residual_BD - residual_BD.mean(0)).square().sum(1).mean()
     return missed / variance if variance > 0 else missed.new_zeros(())
