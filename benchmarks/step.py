@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from c2r.config import ConsistencyConfig, SAEConfig, TrainConfig
+from c2r.config import TrainConfig
+from c2r.methods import BatchTopKConfig, ConsistencyConfig
 from c2r.train.run import Run
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     train = TrainConfig(tokens=10**9, batch=args.batch, lr=1e-3)
 
     def step(c2r: ConsistencyConfig | None) -> Callable[[], object]:
-        run = Run(SAEConfig(name="x", width=args.width, k=args.k, k_anneal=0, c2r=c2r), train, args.d_in)
+        run = Run(BatchTopKConfig(name="x", width=args.width, k=args.k, k_anneal=0, c2r=c2r), train, args.d_in)
         return lambda: run.step(x)
 
     x_low, W_low = x.bfloat16(), torch.randn(args.width, args.d_in).bfloat16()
