@@ -1,8 +1,10 @@
-"""What a training step costs, as ratios in one run: BatchTopK with and without C²R beside the encoder's own product.
+"""What a training step costs, as ratios in one run: c2r's BatchTopK step beside the published one, dense.
 
-    make bench            or            python benchmarks/step.py --width 4096 --json
+    make bench            or            python benchmarks/step.py --width 16384 --json
 
-Medians over interleaved rounds after warm-up, so that a noisy machine disturbs every row alike.
+Medians over interleaved rounds after warm-up, so that a noisy machine disturbs every row alike. The published step is
+measured as the mean over its cycle of five, one of which has its C²R. `--default-allocator` leaves out what
+`c2r train` asks of the C library (see `c2r.train.memory`), for every row.
 """
 
 from __future__ import annotations
@@ -14,10 +16,15 @@ import time
 from collections.abc import Callable
 
 import torch
+from published import PublishedStep
 
 from c2r.config import TrainConfig
 from c2r.methods import BatchTopKConfig, ConsistencyConfig
+from c2r.train.memory import keep_freed_memory
 from c2r.train.run import Run
+
+FLOOR, PLAIN, LAGGED = "encoder's product, bf16 (the floor)", "c2r without C²R", "c2r with C²R, lagged (default)"
+EXACT, AUTOCAST, FP32 = "c2r with C²R, exact", "published, bf16 autocast", "published, fp32"
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -26,45 +33,68 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def activations(batch: int, d_in: int) -> torch.Tensor:
+    """Sparse sums of unit directions, mean square norm 1."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(2 * d_in, d_in, generator=generator))
+    x = torch.rand(batch, 2 * d_in, generator=generator).pow(32) @ directions
+    return x / x.square().sum(1).mean().sqrt()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("d-in", 512), ("width", 4096), ("batch", 2048), ("k", 32), ("rounds", 9), ("threads", 2)):
+    for name, default in (("d-in", 512), ("width", 16384), ("batch", 2048), ("k", 32), ("rounds", 7), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--default-allocator", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(2 * args.d_in, args.d_in, generator=generator))
-    codes = torch.rand(args.batch, 2 * args.d_in, generator=generator).pow(32)
-    x = codes @ directions
-    x = x / x.square().sum(1).mean().sqrt()
+    if not args.default_allocator:
+        keep_freed_memory()
+    x = activations(args.batch, args.d_in)
     train = TrainConfig(tokens=10**9, batch=args.batch, lr=1e-3)
 
-    def step(c2r: ConsistencyConfig | None) -> Callable[[], object]:
+    def ours(c2r: ConsistencyConfig | None) -> Callable[[], object]:
         run = Run(BatchTopKConfig(name="x", width=args.width, k=args.k, k_anneal=0, c2r=c2r), train, args.d_in)
         return lambda: run.step(x)
 
+    def published(autocast: bool) -> Callable[[], object]:
+        step = PublishedStep(args.d_in, args.width, args.k, autocast=autocast)
+        return lambda: [step(x) for _ in range(step.every)]
+
     x_low, W_low = x.bfloat16(), torch.randn(args.width, args.d_in).bfloat16()
-    rows = {
-        "encoder product, bf16": lambda: x_low @ W_low.T,
-        "step without C²R": step(None),
-        "step with C²R, lagged neighbours": step(ConsistencyConfig(strength=0.9)),
-        "step with C²R, exact neighbours": step(ConsistencyConfig(strength=0.9, neighbors="exact")),
+    rows: dict[str, tuple[Callable[[], object], int]] = {
+        FLOOR: (lambda: torch.nn.functional.linear(x_low, W_low), 1),
+        PLAIN: (ours(None), 1),
+        LAGGED: (ours(ConsistencyConfig(strength=0.9)), 1),
+        EXACT: (ours(ConsistencyConfig(strength=0.9, neighbors="exact")), 1),
+        AUTOCAST: (published(True), 5),
+        FP32: (published(False), 5),
     }
     times: dict[str, list[float]] = {name: [] for name in rows}
-    for round_number in range(args.rounds + 3):
-        for name, work in rows.items():
-            seconds = timed(work)
-            if round_number >= 3:
+    warm_up = 3
+    for round_number in range(args.rounds + warm_up):
+        for name, (work, steps) in rows.items():
+            if steps > 1 and 0 < round_number < warm_up:
+                continue  # one cycle warms the published step up
+            seconds = timed(work) / steps
+            if round_number >= warm_up:
                 times[name].append(seconds)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    plain = medians["step without C²R"]
+    median = {name: statistics.median(values) for name, values in times.items()}
+    figures = {
+        "faster than published, bf16 autocast": median[AUTOCAST] / median[LAGGED],
+        "faster than published, fp32": median[FP32] / median[LAGGED],
+        "step with C²R over the floor": median[LAGGED] / median[FLOOR],
+        "share of C²R in the step": 1 - median[PLAIN] / median[LAGGED],
+    }
     if args.json:
-        print(json.dumps({"shape": vars(args), "median_seconds": medians}, ensure_ascii=False))
+        print(json.dumps({"settings": vars(args), "seconds": median, "ratios": figures}, ensure_ascii=False))
         return
     print(f"D {args.d_in}, F {args.width}, B {args.batch}, K {args.k}, {args.threads} threads, {args.rounds} rounds")
-    for name, seconds in medians.items():
-        print(f"{name:<36}{1000 * seconds:8.1f} ms{seconds / plain:8.2f} × the step without C²R")
+    for name, seconds in median.items():
+        print(f"{name:<40}{1000 * seconds:9.1f} ms")
+    for name, value in figures.items():
+        print(f"{name:<40}{value:9.2f}")
 
 
 if __name__ == "__main__":

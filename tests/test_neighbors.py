@@ -71,6 +71,18 @@ def test_lagged_table_is_exact_first_and_again_after_a_cycle() -> None:
     assert stale[-1] == 0
 
 
+@pytest.mark.parametrize("mode", ["lagged", "exact"])
+def test_a_low_precision_search_finds_neighbours_about_as_near(mode: str) -> None:
+    decoder = torch.randn(300, 16, generator=torch.Generator().manual_seed(0)) * torch.rand(300, 1).add(0.5)
+    table = NeighborTable(mode, cycle=3, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    for _ in range(4):
+        index = table.refresh(decoder)
+    unit = torch.nn.functional.normalize(decoder, dim=1)
+    found = (unit * unit[index]).sum(1)
+    assert (index != torch.arange(300)).all()
+    torch.testing.assert_close(found.double(), brute_force(decoder)[1], rtol=0, atol=0.02)
+
+
 def test_a_refresh_leaves_the_last_result_alone() -> None:
     table = NeighborTable("lagged", cycle=1)
     first = table.refresh(torch.randn(8, 3))

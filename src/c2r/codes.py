@@ -34,13 +34,13 @@ class Support:
     @cached_property
     def token_starts(self) -> Tensor:
         """`[B + 1]`: the non-zeros of token b are those from token_starts[b] to token_starts[b + 1]."""
-        return _starts(self.tokens_N, self.batch)
+        return row_starts(self.tokens_N, self.batch)
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
         """The order `[N]` that groups the non-zeros by latent, and where each latent starts in it, `[F + 1]`."""
         ordered, order_N = self.latents_N.sort(stable=True)
-        return order_N, _starts(ordered, self.width)
+        return order_N, row_starts(ordered, self.width)
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,13 @@ def encode_at(support: Support, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor,
     return values_N
 
 
-def _starts(sorted_N: Tensor, size: int) -> Tensor:
+def row_starts(sorted_N: Tensor, size: int) -> Tensor:
+    """Where each of `size` rows starts among entries sorted by row, `[size + 1]`."""
     return torch.searchsorted(sorted_N, torch.arange(size + 1, device=sorted_N.device))
 
 
-def _gather_sum(source: Tensor, index_N: Tensor, starts: Tensor, weight_N: Tensor) -> Tensor:
-    """Row r = Σ weight_n · source[index_n] over the n from starts[r] to starts[r + 1]."""
+def gather_sum(source: Tensor, index_N: Tensor, starts: Tensor, weight_N: Tensor) -> Tensor:
+    """Row r is Σ weight_n · source[index_n] over the n from starts[r] to starts[r + 1]."""
     return F.embedding_bag(index_N, source, starts, mode="sum", per_sample_weights=weight_N, include_last_offset=True)
 
 
@@ -155,14 +156,14 @@ def _pair_dots(a_BD: Tensor, b_FD: Tensor, support: Support) -> Tensor:
     """a[token_n] · b[latent_n] for every non-zero n: the gradient of a weighted sum of rows in its weights."""
     with torch.enable_grad():
         weight_N = a_BD.new_ones(len(support.latents_N), requires_grad=True)
-        rows = _gather_sum(b_FD.detach(), support.latents_N, support.token_starts, weight_N)
+        rows = gather_sum(b_FD.detach(), support.latents_N, support.token_starts, weight_N)
     return torch.autograd.grad(rows, weight_N, a_BD.contiguous())[0]
 
 
 def _weight_gradient(rows_BD: Tensor, weight_N: Tensor, support: Support) -> Tensor:
     """Σ over a latent's non-zeros of weight_n · rows[token_n], `[F, D]`."""
     order_N, starts = support.by_latent
-    return _gather_sum(rows_BD.contiguous(), support.tokens_N[order_N], starts, weight_N[order_N])
+    return gather_sum(rows_BD.contiguous(), support.tokens_N[order_N], starts, weight_N[order_N])
 
 
 class _Decode(torch.autograd.Function):
@@ -170,7 +171,7 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, values_N: Tensor, W_dec_FD: Tensor, support: Support) -> Tensor:
         ctx.save_for_backward(values_N, W_dec_FD)
         ctx.support = support
-        return _gather_sum(W_dec_FD, support.latents_N, support.token_starts, values_N)
+        return gather_sum(W_dec_FD, support.latents_N, support.token_starts, values_N)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

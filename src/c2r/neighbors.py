@@ -80,7 +80,8 @@ class NeighborTable:
         mode: "lagged", "exact" or "chunked".
         cycle: calls in which "lagged" renews every row.
         chunk: rows a chunk of "chunked".
-        dtype: precision of the lagged search; bfloat16 may take the second best of two that differ by 1 %.
+        dtype: precision of the lagged and the exact search; bfloat16 may take the second best of two that differ by
+            1 %. The cosine that the penalty uses is recomputed in fp32 either way.
         seed: of the permutations of "chunked".
     """
 
@@ -88,7 +89,7 @@ class NeighborTable:
         self,
         mode: Literal["lagged", "exact", "chunked"] = "lagged",
         *,
-        cycle: int = 64,
+        cycle: int = 128,
         chunk: int = 8192,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
@@ -102,18 +103,23 @@ class NeighborTable:
     @torch.no_grad()
     def refresh(self, decoder_FD: Tensor) -> Tensor:
         """Neighbours `[F]` for the decoder as it is now."""
-        if self.mode != "lagged":
-            return nearest_neighbors(decoder_FD, mode=self.mode, chunk=self.chunk, generator=self.generator).index
-        if self.index_F is None:
-            self.index_F = nearest_neighbors(decoder_FD).index
+        if self.mode == "chunked":
+            return nearest_neighbors(decoder_FD, mode="chunked", chunk=self.chunk, generator=self.generator).index
+        if self.mode == "exact" or self.index_F is None:
+            check_decoder(decoder_FD)
+            self.index_F = _search_tiles(unit_rows(decoder_FD).to(self.dtype)).index
             return self.index_F
         width = len(decoder_FD)
         size = -(-width // self.cycle)
         start, stop = self.cursor, min(self.cursor + size, width)
-        unit_FD = unit_rows(decoder_FD).to(self.dtype)
+        # A row's own norm does not change who is nearest to it; the others' are divided out after the product.
+        rows_FD = decoder_FD.to(self.dtype)
+        inverse_F = at_least_fp32(decoder_FD).norm(dim=1).clamp(min=1e-12).reciprocal().to(self.dtype)
         # A new tensor each time: the last one may still be part of an autograd graph.
         self.index_F = self.index_F.clone()
-        self.index_F[start:stop] = _best_in_rows(unit_FD, start, stop).indices
+        cosine_RF = (rows_FD[start:stop] @ rows_FD.T).mul_(inverse_F)
+        cosine_RF.diagonal(offset=start).fill_(-torch.inf)
+        self.index_F[start:stop] = cosine_RF.argmax(1)
         self.cursor = stop % width
         return self.index_F
 
@@ -145,13 +151,6 @@ def check_decoder(decoder: Tensor) -> None:
 def unit_rows(decoder_FD: Tensor) -> Tensor:
     """Rows of norm 1 in at least fp32; a zero row stays zero."""
     return F.normalize(at_least_fp32(decoder_FD), dim=1)
-
-
-def _best_in_rows(unit_FD: Tensor, start: int, stop: int) -> torch.return_types.max:
-    """The best partner of rows start..stop among all rows but themselves."""
-    cosine_RF = unit_FD[start:stop] @ unit_FD.T
-    cosine_RF.diagonal(offset=start).fill_(-torch.inf)
-    return cosine_RF.max(1)
 
 
 def _search_tiles(unit_FD: Tensor) -> Neighbors:

@@ -14,13 +14,17 @@ B tokens in a batch · D width of the activations · F latents.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.codes import Codes, at_least_fp32, norms
+from c2r.codes import Codes, at_least_fp32, gather_sum, norms, row_starts
 from c2r.neighbors import check_decoder, nearest_neighbors
+
+_ROWS = 2048
 
 
 def consistency_penalty(
@@ -78,10 +82,41 @@ def penalty_from_norms(
 
 def pair_cosines(decoder_FD: Tensor, neighbors_F: Tensor) -> Tensor:
     """cos(d_i, d_j*) of each latent and its neighbour `[F]`; 0 for a zero row and for a latent without neighbour."""
-    unit_FD = F.normalize(at_least_fp32(decoder_FD), dim=1)
-    cosine_F = (unit_FD * unit_FD.index_select(0, neighbors_F)).sum(1)
+    cosine_F: Any = _PairCosines.apply(decoder_FD, neighbors_F)
     alone_F = neighbors_F == torch.arange(len(neighbors_F), device=neighbors_F.device)
     return cosine_F.masked_fill(alone_F, 0.0)
+
+
+class _PairCosines(torch.autograd.Function):
+    """F dot products, and their gradient as one weighted sum of decoder rows: no F×D tensor besides that gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, decoder_FD: Tensor, neighbors_F: Tensor) -> Tensor:
+        rows_FD = at_least_fp32(decoder_FD)
+        inverse_F = rows_FD.norm(dim=1).clamp(min=1e-12).reciprocal()
+        dots = [
+            (rows_RD * rows_FD[near_R]).sum(1)
+            for rows_RD, near_R in zip(rows_FD.split(_ROWS), neighbors_F.split(_ROWS), strict=True)
+        ]
+        cosine_F = torch.cat(dots) * inverse_F * inverse_F[neighbors_F]
+        ctx.save_for_backward(decoder_FD, neighbors_F, inverse_F, cosine_F)
+        return cosine_F
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        decoder_FD, neighbors_F, inverse_F, cosine_F = ctx.saved_tensors
+        # ∂cos/∂d_i = (d_j/‖d_j‖ − cos·d_i/‖d_i‖) / ‖d_i‖, and the same for j; pairs without gradient are left out.
+        pairs_P = grads[0].nonzero().squeeze(1)
+        near_P, grad_P = neighbors_F[pairs_P], grads[0][pairs_P]
+        across_P = grad_P * inverse_F[pairs_P] * inverse_F[near_P]
+        turned_P = grad_P * cosine_F[pairs_P]
+        own_F = torch.zeros_like(cosine_F).index_add(0, pairs_P, turned_P).index_add(0, near_P, turned_P)
+        of_itself_F = torch.arange(len(cosine_F), device=cosine_F.device)
+        row, order = torch.cat([pairs_P, near_P, of_itself_F]).sort(stable=True)
+        source = torch.cat([near_P, pairs_P, of_itself_F])[order]
+        weight = torch.cat([across_P, across_P, -own_F * inverse_F.square()])[order]
+        grad_FD = gather_sum(at_least_fp32(decoder_FD), source, row_starts(row, len(cosine_F)), weight)
+        return grad_FD.to(decoder_FD.dtype), None
 
 
 def lambda_of_strength(strength: float, *, batch: int, width: int, alpha: float = 1.0) -> float:

@@ -5,10 +5,15 @@ B tokens in a batch · D width of the activations · F latents.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from c2r.config import TrainConfig
+
+_ROWS = 1024
+"""Rows of a pass over F×D that stay in the cache between its operations."""
 
 
 def warmup_steps(train: TrainConfig) -> int:
@@ -55,8 +60,19 @@ def geometric_median(x_BD: Tensor, iterations: int = 100, tolerance: float = 1e-
 def project_gradient(W_dec_FD: Tensor) -> None:
     """Take from the rows' gradient its part along them, which the renormalisation would undo."""
     if W_dec_FD.grad is not None:
-        along_F1 = (W_dec_FD.grad * W_dec_FD).sum(1, keepdim=True) / W_dec_FD.square().sum(1, keepdim=True)
-        W_dec_FD.grad.addcmul_(W_dec_FD, along_F1, value=-1)
+        for rows_RD, grad_RD in zip(W_dec_FD.split(_ROWS), W_dec_FD.grad.split(_ROWS), strict=True):
+            along_R1 = (grad_RD * rows_RD).sum(1, keepdim=True) / rows_RD.norm(dim=1, keepdim=True).square()
+            grad_RD.addcmul_(rows_RD, along_R1, value=-1)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[Tensor], largest: float) -> None:
+    """Scale all gradients so that their joint norm is at most `largest`; most steps need no scaling, and no pass."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if norm + 1e-6 > largest:
+        for grad in grads:
+            grad.mul_(largest / (norm + 1e-6))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from c2r.codes import Acts, Codes, Support, encode_at, fired, l0
@@ -21,6 +21,7 @@ from c2r.sae.base import SAE, Extra
 from c2r.sae.topk import BatchTopK
 from c2r.train.consistency import Consistency
 from c2r.train.optim import (
+    clip_gradients,
     geometric_median,
     learning_rate_factor,
     normalise_rows,
@@ -68,7 +69,8 @@ class Run(Generic[Config]):
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=train.lr, betas=(0.9, 0.999), fused=True)
         self.product_dtype = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
         self.selector = BatchTopK()
-        self.table = NeighborTable(config.c2r.neighbors if config.c2r else "lagged", seed=self.seed)
+        mode = config.c2r.neighbors if config.c2r else "lagged"
+        self.table = NeighborTable(mode, dtype=self.product_dtype, seed=self.seed)
         self.consistency = None if config.c2r is None else Consistency(config.c2r, self.sae, seed=self.seed)
         self.ends = (
             group_ends(config.fractions, config.width) if isinstance(config, MatryoshkaConfig) else (config.width,)
@@ -111,7 +113,7 @@ class Run(Generic[Config]):
         if self.recipe.unit_rows:
             project_gradient(sae.W_dec)
         if self.config.clip is not None:
-            nn.utils.clip_grad_norm_(sae.parameters(), self.config.clip)
+            clip_gradients(list(sae.parameters()), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.recipe.unit_rows:

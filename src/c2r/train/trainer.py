@@ -21,6 +21,7 @@ from c2r.interop.saelens import hook_name, save_sae
 from c2r.methods import RESERVED, SAEConfig
 from c2r.penalty import lambda_of_strength, strength_of_lambda
 from c2r.train.log import RunLog
+from c2r.train.memory import keep_freed_memory
 from c2r.train.run import Run
 from c2r.train.start import check_start, starting_weights
 
@@ -45,6 +46,7 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
         check_start(sae)
     check_output(config.output, overwrite)
     device = pick_device(config.train.device)
+    keep_freed_memory()
     lm = load_language_model(config.model, device)
     check_context(config, lm)
     # Text is read as often as the configured tokens ask for, each pass in another order.
