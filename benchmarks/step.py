@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from published import PublishedStep
 
 from c2r.config import TrainConfig
 from c2r.methods import BatchTopKConfig, ConsistencyConfig
 from c2r.train.memory import keep_freed_memory
 from c2r.train.run import Run
+from published import PublishedStep
 
 FLOOR, PLAIN, LAGGED = "encoder's product, bf16 (the floor)", "c2r without C²R", "c2r with C²R, lagged (default)"
 EXACT, AUTOCAST, FP32 = "c2r with C²R, exact", "published, bf16 autocast", "published, fp32"
