@@ -89,7 +89,7 @@ class NeighborTable:
         self,
         mode: Literal["lagged", "exact", "chunked"] = "lagged",
         *,
-        cycle: int = 128,
+        cycle: int = 64,
         chunk: int = 8192,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
