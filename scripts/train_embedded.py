@@ -210,7 +210,7 @@ def main() -> None:
     tokenizer.save_pretrained(args.out)
     model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
     loss, entropy = held_out_loss(model, tokenizer)
-    card = {
+    card: dict[str, Any] = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": args.tokens,
         "held_out_loss": loss,
@@ -222,7 +222,7 @@ def main() -> None:
     }
     (args.out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     print(json.dumps({k: v for k, v in card.items() if k != "probe"}, indent=1))
-    for name, row in card["probe"].items():  # type: ignore[union-attr]
+    for name, row in card["probe"].items():
         print(name, row)
 
 

@@ -35,7 +35,7 @@ def test_the_documented_shape(tmp_path: Path) -> None:
     assert config.saes[0].c2r is None
     assert config.saes[1].c2r is not None
     with pytest.raises(ValidationError):
-        config.seed = 1  # type: ignore[misc]
+        config.seed = 1
 
 
 def test_overrides(tmp_path: Path) -> None:

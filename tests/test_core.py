@@ -105,7 +105,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Rows]:
 
 @pytest.mark.parametrize("hook", ["resid_post", "mlp_out"])
 def test_cross_entropy_and_kl_recovered(tiny_models: dict[str, Path], rows: list[Rows], hook: str) -> None:
-    lm = load_language_model(ModelConfig(name=str(tiny_models["llama"]), layer=1, hook=hook))  # type: ignore[arg-type]
+    lm = load_language_model(ModelConfig(name=str(tiny_models["llama"]), layer=1, hook=hook))
     saes = {"identity": PassThrough(16, 1.0), "zero": PassThrough(16, 0.0), "half": PassThrough(16, 0.9)}
     results = evaluate_core(lm, saes, rows)
     behaviour = {
@@ -132,7 +132,7 @@ def test_special_positions_are_left_alone(tiny_models: dict[str, Path], rows: li
     seen: list[Tensor] = []
     original = LanguageModel.logits
 
-    def watch(self: LanguageModel, ids: Tensor, replace=None) -> Tensor:  # type: ignore[no-untyped-def]
+    def watch(self: LanguageModel, ids: Tensor, replace=None) -> Tensor:
         if replace is not None:
             before = self.activations(ids)
             seen.append((replace(before) == before).all(-1))

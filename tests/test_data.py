@@ -180,7 +180,7 @@ def test_hooks_equal_the_models_hidden_states(family: str, layer: int, tiny_mode
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("hook", ["resid_pre", "resid_post", "attn_out", "mlp_out"])
 def test_replacing_at_a_hook_changes_the_logits(family: str, hook: str, tiny_models: dict[str, Path]) -> None:
-    lm = load_language_model(ModelConfig(name=str(tiny_models[family]), layer=1, hook=hook))  # type: ignore[arg-type]
+    lm = load_language_model(ModelConfig(name=str(tiny_models[family]), layer=1, hook=hook))
     ids = torch.arange(1, 11).view(1, 10)
     clean = lm.logits(ids)
     torch.testing.assert_close(lm.logits(ids, lambda h: h), clean)

@@ -141,7 +141,7 @@ def test_every_method_trains_from_a_yaml(tiny_models: dict[str, Path], tmp_path:
 def test_bfloat16_product(method: str) -> None:
     quality = []
     for precision in ("float32", "bfloat16"):
-        run = Run(configured(method), TrainConfig(tokens=200 * 256, batch=256, lr=3e-3, precision=precision), TREE.d_in)  # type: ignore[arg-type]
+        run = Run(configured(method), TrainConfig(tokens=200 * 256, batch=256, lr=3e-3, precision=precision), TREE.d_in)
         generator, scale = torch.Generator().manual_seed(1), TREE.scale()
         for _ in range(200):
             run.step(TREE.sample(256, generator).x_BD / scale)

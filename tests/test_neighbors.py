@@ -74,7 +74,7 @@ def test_lagged_table_is_exact_first_and_again_after_a_cycle() -> None:
 @pytest.mark.parametrize("mode", ["lagged", "exact"])
 def test_a_low_precision_search_finds_neighbours_about_as_near(mode: str) -> None:
     decoder = torch.randn(300, 16, generator=torch.Generator().manual_seed(0)) * torch.rand(300, 1).add(0.5)
-    table = NeighborTable(mode, cycle=3, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    table = NeighborTable(mode, cycle=3, dtype=torch.bfloat16)
     for _ in range(4):
         index = table.refresh(decoder)
     unit = torch.nn.functional.normalize(decoder, dim=1)
@@ -94,10 +94,10 @@ def test_a_refresh_leaves_the_last_result_alone() -> None:
 @pytest.mark.parametrize("mode", ["lagged", "chunked"])
 def test_a_restored_table_goes_on_the_same(mode: str) -> None:
     decoders = torch.randn(6, 30, 5, generator=torch.Generator().manual_seed(1))
-    table = NeighborTable(mode, cycle=4, chunk=8, seed=3)  # type: ignore[arg-type]
+    table = NeighborTable(mode, cycle=4, chunk=8, seed=3)
     for decoder in decoders[:3]:
         table.refresh(decoder)
-    other = NeighborTable(mode, cycle=4, chunk=8, seed=9)  # type: ignore[arg-type]
+    other = NeighborTable(mode, cycle=4, chunk=8, seed=9)
     other.load_state_dict(table.state_dict())
     for decoder in decoders[3:]:
         assert torch.equal(other.refresh(decoder), table.refresh(decoder))
@@ -109,7 +109,7 @@ def test_a_restored_table_goes_on_the_same(mode: str) -> None:
 )
 def test_wrong_arguments(arguments: dict[str, object], says: str) -> None:
     with pytest.raises((ValueError, TypeError), match=says):
-        nearest_neighbors(torch.ones(4, 2), **arguments)  # type: ignore[arg-type]
+        nearest_neighbors(torch.ones(4, 2), **arguments)
 
 
 def test_one_latent_has_no_pair() -> None:

@@ -26,7 +26,7 @@ def brute_force(acts: Tensor, decoder: Tensor, alpha: float, margin: float = 0.0
 
 
 if not hasattr(math, "sumprod"):  # Python < 3.12
-    math.sumprod = lambda a, b: sum(x * y for x, y in zip(a, b, strict=True))  # type: ignore[attr-defined]
+    math.sumprod = lambda a, b: sum(x * y for x, y in zip(a, b, strict=True))
 
 
 def example(seed: int, batch: int = 7, width: int = 11, d_in: int = 5) -> tuple[Tensor, Tensor]:
@@ -167,4 +167,4 @@ def test_wrong_input_is_named(change: dict[str, object], says: str) -> None:
     given: dict[str, object] = {"acts": torch.ones(2, 8), "decoder": torch.eye(8)[:, :3] + 1} | change
     acts, decoder = given.pop("acts"), given.pop("decoder")
     with pytest.raises(ValueError, match=says):
-        consistency_penalty(acts, decoder, **given)  # type: ignore[arg-type]
+        consistency_penalty(acts, decoder, **given)

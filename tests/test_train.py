@@ -86,7 +86,7 @@ def planted(seed: int, d_in: int = 32, features: int = 48, active: int = 4, toke
 
 def trained(steps: int = 400, precision: str = "float32", **changes: Any) -> Run:
     settings = {"name": "x", "width": 96, "k": 4} | changes
-    settings_train = TrainConfig(tokens=steps * 512, batch=512, lr=2e-3, precision=precision, warmup_steps=10)  # type: ignore[arg-type]
+    settings_train = TrainConfig(tokens=steps * 512, batch=512, lr=2e-3, precision=precision, warmup_steps=10)
     run = Run(BatchTopKConfig.model_validate(settings), settings_train, 32, seed=0)
     for step in range(steps):
         run.step(planted(step + 1))

@@ -53,7 +53,8 @@ def encode_relu(run: Run[Any], x_BD: Tensor) -> Encoded:
 
 def encode_jump_relu(run: Run[Any], x_BD: Tensor) -> Encoded:
     """f = pre where pre > threshold."""
-    return Encoded(jump_relu(run.product(x_BD), run.sae.extra.threshold, run.config.bandwidth))  # type: ignore[arg-type]
+    threshold_F: Any = run.sae.threshold
+    return Encoded(jump_relu(run.product(x_BD), threshold_F, run.config.bandwidth))
 
 
 def encode_gated(run: Run[Any], x_BD: Tensor) -> Encoded:
@@ -100,7 +101,8 @@ def _orthogonality(run: Run[Any], forward: Forward) -> Tensor:
 
 
 def _l1(run: Run[Any], forward: Forward) -> Tensor:
-    return run.config.l1 * run.sparsity_scale * terms.l1(forward.encoded.penalised)  # type: ignore[arg-type]
+    acts_BF: Any = forward.encoded.penalised
+    return run.config.l1 * run.sparsity_scale * terms.l1(acts_BF)
 
 
 def _l1_of_norms(run: Run[Any], forward: Forward) -> Tensor:

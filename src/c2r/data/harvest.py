@@ -134,9 +134,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _blocks(model: nn.Module) -> nn.ModuleList:
+def _blocks(model: Any) -> nn.ModuleList:
     """The list of decoder blocks: the one ModuleList that is as long as the model has layers."""
-    layers = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    layers = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if not lists:
         raise ValueError(f"model.name: {type(model).__name__} has no list of {layers} blocks to hook into")

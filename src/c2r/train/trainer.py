@@ -20,6 +20,7 @@ from c2r.data.tokens import check_source, packed_rows
 from c2r.interop.saelens import hook_name, save_sae
 from c2r.methods import RESERVED, SAEConfig
 from c2r.penalty import lambda_of_strength, strength_of_lambda
+from c2r.sae.base import SAE
 from c2r.train.log import RunLog
 from c2r.train.memory import keep_freed_memory
 from c2r.train.run import Run
@@ -42,8 +43,7 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
     """
     console = console or Console(stderr=True)
     check_source(config.data)
-    for sae in config.saes:
-        check_start(sae)
+    starts = {sae.name: check_start(sae) for sae in config.saes}
     check_output(config.output, overwrite)
     device = pick_device(config.train.device)
     keep_freed_memory()
@@ -53,7 +53,7 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
     rows = packed_rows(config.data, lm.tokenizer, seed=config.seed, rows=config.stream.rows, epochs=None)
     console.print(f"model {config.model.name}, {hook_name(config.model.layer, config.model.hook)}, width {lm.d_in}")
     stream = ActivationStream(lm, rows, config.stream, seed=config.seed, device=device)
-    runs = [_new_run(sae, config, lm.d_in, stream.scale, device) for sae in config.saes]
+    runs = [_new_run(sae, starts[sae.name], config, lm.d_in, stream.scale, device) for sae in config.saes]
     _prepare_output(config)
     state: dict[str, Any] = {"tokens": 0, "stopped": None, "scale": stream.scale, "median_norm": stream.median_norm}
     with RunLog(config.output / METRICS_FILE, config.train.tokens, config.train.log_every, console) as log:
@@ -183,8 +183,9 @@ def _both_units(run: Run[Any], config: RunConfig) -> dict[str, float]:
     return {"lambda": lambda_of_strength(strength, alpha=c2r.alpha, **shape), "strength": strength}
 
 
-def _new_run(sae: SAEConfig, config: RunConfig, d_in: int, scale: float, device: torch.device) -> Run[Any]:
-    start = check_start(sae)
+def _new_run(
+    sae: SAEConfig, start: SAE | None, config: RunConfig, d_in: int, scale: float, device: torch.device
+) -> Run[Any]:
     if start is not None and start.d_in != d_in:
         raise ValueError(
             f"saes.{sae.name}.init: {sae.init} reads activations of width {start.d_in}, the model's have {d_in}"
