@@ -18,6 +18,12 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests keep their activations away from the user's."""
+    os.environ["C2R_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Without the run-time shape checks of tests, so that a wrong shape meets the library's own error."""
@@ -32,3 +38,10 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from helpers import save_tiny_models
 
     return save_tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from helpers import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("corpus"))

@@ -36,7 +36,7 @@ def test_train_eval_and_report(
     assert recorded["train"]["lr"] == 2e-3
     assert recorded["saes"][1]["name"] == "b"
     names = ["baseline", "b"]
-    main(["eval", *(str(tmp_path / "run" / name) for name in names), "--suite", "core", "--tokens", "200"])
+    main(["eval", *(str(tmp_path / "run" / name) for name in names), "--suite", "core,splitting", "--tokens", "200"])
     printed = capsys.readouterr().out
     assert "CE recovered" in printed
     assert "change" in printed

@@ -47,7 +47,7 @@ def train(
 def evaluate(
     saes: Positional[tuple[Path, ...]],
     model: str | None = None,
-    suite: str = "core",
+    suite: str = "core,splitting",
     out: Path | None = None,
     source: str | None = None,
     path: str | None = None,

@@ -6,7 +6,9 @@ R rows · T positions in a context · D width of the activations · V vocabulary
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable
+from functools import cached_property
 from importlib.resources import files
 from typing import Any
 
@@ -56,6 +58,14 @@ class LanguageModel:
     def d_in(self) -> int:
         """D: what the hook emits is as wide as the residual stream."""
         return self.model.config.get_text_config().hidden_size
+
+    @cached_property
+    def identity(self) -> str:
+        """Tells models apart that share a name: their configuration, and sums over a few of their weights."""
+        digest = hashlib.sha256(self.model.config.to_json_string().encode())
+        for name, weight in list(self.model.named_parameters())[:: max(1, len(list(self.model.parameters())) // 8)]:
+            digest.update(f"{name} {tuple(weight.shape)} {weight.double().sum().item()}".encode())
+        return digest.hexdigest()[:24]
 
     @torch.no_grad()
     def activations(self, ids_RT: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ R rows · T positions in a context · D width of the activations · F latents ·
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from c2r.data.harvest import LanguageModel
 from c2r.data.tokens import Rows
+from c2r.eval.bench import Bench, Outcome, progress_bar
 from c2r.eval.results import Histogram, Metrics, histogram
-from c2r.eval.splitting import Cofiring
 from c2r.neighbors import nearest_neighbors
 from c2r.sae.base import SAE
 
@@ -55,10 +55,8 @@ class CoreResult(NamedTuple):
 
     core: Metrics
     """In SAEBench's categories."""
-    splitting: dict[str, float]
-    """Nearest-neighbour cosines of alive latents and how neighbours co-fire (see `c2r.eval.splitting`)."""
-    histograms: dict[str, Histogram]
-    """What is drawn: `log10_density` (dead latents left out), `max_cos` and `phi` of alive latents."""
+    density: Histogram
+    """log10 of P(z > 0), dead latents left out."""
 
 
 class Fidelity:
@@ -170,7 +168,6 @@ def evaluate_core(
     clean, zero = Behaviour(), Behaviour()
     fidelity = {name: Fidelity(sae.width, sae.d_in) for name, sae in saes.items()}
     spliced = {name: Behaviour() for name in saes}
-    pairs = {name: Cofiring(sae.W_dec) for name, sae in saes.items()}
     for part in rows:
         real = part.real.to(lm.device)
         if not real.any():
@@ -183,7 +180,6 @@ def evaluate_core(
             acts_nF = sae.encode(x_RTD[real])
             x_hat_nD = sae.decode(acts_nF)
             fidelity[name].add(x_RTD[real], x_hat_nD, acts_nF)
-            pairs[name].add(acts_nF)
             spliced[name].add(lm.logits(part.ids, _splice(x_hat_nD, real)), clean_RTV, part)
         progress(int(part.real.sum()))
     if clean.tokens == 0:
@@ -191,11 +187,34 @@ def evaluate_core(
     return {
         name: CoreResult(
             _in_categories(fidelity[name].metrics() | _neighbor_cosines(sae), spliced[name], clean, zero),
-            pairs[name].metrics(),
-            {"log10_density": histogram(fidelity[name].density_F.log10(), -6, 0)} | pairs[name].histograms(),
+            histogram(fidelity[name].density_F.log10(), -6, 0),
         )
         for name, sae in saes.items()
     }
+
+
+def run_core(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
+    """The core evaluation on the bench's text, all SAEs in one pass."""
+    with progress_bar(bench.console) as bar:
+        task = bar.add_task("core evaluation", total=bench.tokens)
+        results = evaluate_core(bench.lm, saes, bench.rows(), progress=lambda count: bar.update(task, advance=count))
+    for name, result in results.items():
+        seen = result.core["token_stats"]["total_tokens_eval_sparsity_variance"]
+        if seen < bench.tokens:
+            bench.console.print(f"[yellow]{name}: the text ended after {seen:,} of {bench.tokens:,} tokens[/]")
+        yield Outcome(
+            name,
+            "core",
+            result.core,
+            {
+                "ev": result.core["reconstruction_quality"]["explained_variance"],
+                "ce_recovered": result.core["model_performance_preservation"]["ce_loss_score"],
+                "l0": result.core["sparsity"]["l0"],
+                "alive": result.core["misc_metrics"]["frac_alive"],
+            },
+            config={"tokens": seen},
+            unstructured={"log10_density": result.density},
+        )
 
 
 def _neighbor_cosines(sae: SAE) -> dict[str, float]:

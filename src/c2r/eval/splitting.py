@@ -13,8 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from c2r.eval.bench import Bench, Outcome, each
 from c2r.eval.results import Histogram, histogram
 from c2r.neighbors import Neighbors, nearest_neighbors, random_floor
+from c2r.sae.base import SAE
 
 
 class Cofiring:
@@ -95,3 +97,23 @@ class Cofiring:
     def histograms(self) -> dict[str, Histogram]:
         """What is drawn: `max_cos` and `phi` of alive latents."""
         return {"max_cos": histogram(self.max_cos(), 0, 1), "phi": histogram(self.phi(), -0.2, 1)}
+
+
+@torch.no_grad()
+def evaluate_splitting(bench: Bench, name: str, sae: SAE) -> Outcome:
+    """Nearest neighbours among alive latents and their co-firing, on the bench's text."""
+    pairs = Cofiring(sae.W_dec)
+    for x_nD in bench.activations.x_nD.split(2048):
+        pairs.add(sae.encode(x_nD.to(sae.W_dec.device)))
+    figures = pairs.metrics()
+    shown = {key: value for key, value in figures.items() if key.startswith("max_cos")}
+    return Outcome(
+        name,
+        "splitting",
+        {"splitting": figures},
+        {"neighbor_phi": figures["neighbor_phi_mean"], **shown},
+        unstructured=dict(pairs.histograms()),
+    )
+
+
+run_splitting = each("splitting", evaluate_splitting)

@@ -3,51 +3,63 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
 
 from c2r.config import DataConfig, ModelConfig
 from c2r.data.harvest import load_language_model, pick_device
-from c2r.data.tokens import Rows, check_source, packed_rows
-from c2r.eval.core import CoreResult, evaluate_core
+from c2r.data.tokens import check_source
+from c2r.eval.bench import Bench, Cache, Evaluation
+from c2r.eval.core import run_core
 from c2r.eval.results import write_result
+from c2r.eval.splitting import run_splitting
 from c2r.interop.saelens import load_sae
+from c2r.sae.base import SAE
 
-SUITES = ("core",)
+Summary = dict[str, float | None]
+SUITES: dict[str, Evaluation] = {"core": run_core, "splitting": run_splitting}
+"""Name on the command line → evaluation. A new evaluation is a function and a row."""
 
 
 def evaluate(
     folders: list[Path],
     out: Path | None = None,
     *,
-    suites: tuple[str, ...] = ("core",),
+    suites: tuple[str, ...] = ("core", "splitting"),
     model: str | None = None,
     data: dict[str, Any] | None = None,
     tokens: int = 50_000,
     seed: int = 0,
     device: str = "auto",
     trust_remote_code: bool = False,
+    cache: Path | None = None,
     console: Console | None = None,
-) -> dict[str, CoreResult]:
-    """Evaluate SAEs that read the same hook point.
+) -> dict[str, Summary]:
+    """Evaluate SAEs that read the same hook point; every result is on disk as soon as it is known.
 
     Arguments:
         folders: SAE folders, c2r's or SAELens's.
         out: where result files go; None: `evaluations/` beside each SAE folder.
+        suites: names in `SUITES`.
         model: name of the language model; None: the one each SAE was trained on.
         data: settings of the text (`DataConfig`) that replace those of training. For `stdlib` the held-out part is
             read; other sources have none, which is said.
         tokens: real tokens to evaluate on.
         trust_remote_code: whether code that a model brings may run; an SAE's own word on that is not taken.
+        cache: folder for activations; None: `$C2R_CACHE`, or `c2r` in the user's cache folder.
+
+    Returns:
+        What the table shows of each SAE, by name.
 
     Raises:
         ValueError: an unknown suite, a folder that is no SAE, SAEs of different hook points, a model that does not
-            fit, or text without tokens.
+            fit, or text without tokens; and at the very end, when all other results are written, evaluations that
+            failed.
     """
     console = console or Console(stderr=True)
     for suite in suites:
@@ -58,47 +70,71 @@ def evaluate(
     if not folders:
         raise ValueError("no SAE folder given")
     chosen_device = pick_device(device)
-    saes = {name: load_sae(folder).to(chosen_device) for name, folder in _names(folders).items()}
+    names = _names(folders)
+    saes = {name: load_sae(folder).to(chosen_device) for name, folder in names.items()}
+    bench = _bench(saes, model, data or {}, tokens, seed, chosen_device, trust_remote_code, cache, console)
+    settings = {
+        "model": bench.model.model_dump(mode="json"),
+        "data": bench.data.model_dump(mode="json"),
+        "held_out": bench.data.source == "stdlib",
+        "tokens": tokens,
+        "seed": seed,
+    }
+    summaries: dict[str, Summary] = {name: {} for name in names}
+    failed: list[str] = []
+    for suite in suites:
+        for outcome in SUITES[suite](bench, saes):
+            if outcome.error is not None:
+                failed.append(f"{outcome.sae}, {outcome.evaluation}: {outcome.error}")
+                console.print(f"[red]{escape(failed[-1])}[/]")
+                continue
+            summaries[outcome.sae] |= outcome.summary
+            write_result(
+                out or names[outcome.sae].parent / "evaluations",
+                evaluation=outcome.evaluation,
+                sae_name=outcome.sae,
+                sae_config=saes[outcome.sae].config,
+                config=settings | outcome.config,
+                metrics=outcome.metrics,
+                details=outcome.details,
+                unstructured=outcome.unstructured | {"summary": outcome.summary},
+            )
+    if failed:
+        raise ValueError("evaluations failed, the others are written:\n" + "\n".join(f"  {line}" for line in failed))
+    return summaries
+
+
+def _bench(
+    saes: dict[str, SAE],
+    model: str | None,
+    data: dict[str, Any],
+    tokens: int,
+    seed: int,
+    device: torch.device,
+    trust_remote_code: bool,
+    cache: Path | None,
+    console: Console,
+) -> Bench:
+    """Load the language model that all of `saes` read, and find the text.
+
+    Raises:
+        ValueError: SAEs of different hook points, or of another width than the model's activations.
+    """
     models = {name: model_of(sae.config, model, trust_remote_code) for name, sae in saes.items()}
     first = next(iter(models.values()))
     for name, other in models.items():
         if other != first:
             raise ValueError(f"{name} reads {other}, but {next(iter(models))} reads {first}; evaluate them apart")
-    text = data_of(next(iter(saes.values())).config, data or {})
+    text = data_of(next(iter(saes.values())).config, data)
     check_source(text)
-    lm = load_language_model(first, chosen_device)
+    lm = load_language_model(first, device)
+    for name, sae in saes.items():
+        if sae.d_in != lm.d_in:
+            raise ValueError(f"{name}: the SAE reads activations of width {sae.d_in}, the model's have {lm.d_in}")
     console.print(f"evaluating on {text.path or text.source}, rows of {text.context} tokens", highlight=False)
     if text.source != "stdlib":
         console.print("[yellow]this source keeps no part from training; the text may have been trained on[/]")
-    # Logits are the largest thing here: rows so many that a batch of them has at most 2²⁶ numbers.
-    vocabulary = lm.model.config.get_text_config().vocab_size
-    size = max(1, min(16, 2**26 // (text.context * vocabulary)))
-    rows = packed_rows(text, lm.tokenizer, seed=seed, held_out=True, rows=size)
-    with _progress(console) as progress:
-        task = progress.add_task("core evaluation", total=tokens)
-        results = evaluate_core(
-            lm, saes, _until(rows, tokens), progress=lambda count: progress.update(task, advance=count)
-        )
-    seen = next(iter(results.values())).core["token_stats"]["total_tokens_eval_sparsity_variance"]
-    if seen < tokens:
-        console.print(f"[yellow]the text ended after {seen:,} of {tokens:,} tokens[/]")
-    settings = {
-        "model": first.model_dump(mode="json"),
-        "data": text.model_dump(mode="json"),
-        "held_out": text.source == "stdlib",
-        "tokens": seen,
-        "seed": seed,
-    }
-    for (name, folder), result in zip(_names(folders).items(), results.values(), strict=True):
-        where = out or folder.parent / "evaluations"
-        common: dict[str, Any] = {"sae_name": name, "sae_config": saes[name].config, "config": settings}
-        drawn = dict(result.histograms)
-        density = {"log10_density": drawn.pop("log10_density")}
-        write_result(where, evaluation="core", metrics=result.core, unstructured=density, **common)
-        write_result(
-            where, evaluation="splitting", metrics={"splitting": result.splitting}, unstructured=drawn, **common
-        )
-    return results
+    return Bench(lm, first, text, tokens, seed, Cache(cache), console)
 
 
 def model_of(config: dict[str, Any], name: str | None, trust_remote_code: bool = False) -> ModelConfig:
@@ -147,23 +183,3 @@ def _names(folders: list[Path]) -> dict[str, Path]:
             f"SAE folders: {', '.join(map(str, folders))} cannot be told apart by name; evaluate them apart"
         )
     return dict(zip(names, folders, strict=True))
-
-
-def _until(rows: Iterator[Rows], tokens: int) -> Iterator[Rows]:
-    """Rows until `tokens` real ones have passed."""
-    seen = 0
-    for part in rows:
-        yield part
-        seen += int(part.real.sum())
-        if seen >= tokens:
-            return
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-    )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from c2r.report.table import NOTE, ROWS, summary_of_files
+from c2r.report.table import NOTE, number, shown, summary_of_files
 
 COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518", "#72b7b2")
 WIDTH, HEIGHT, MARGIN = 460, 240, 46
@@ -98,15 +98,11 @@ def _histograms(evaluations: Path, name: str) -> dict[str, Any]:
 def _table(rows: list[dict[str, Any]]) -> str:
     head = "".join(f"<th>{html.escape(row['name'])}</th>" for row in rows)
     body = ""
-    for figure in ROWS:
-        cells = "".join(f"<td>{_number(row[figure.key], figure.form)}</td>" for row in rows)
+    for figure in shown(rows):
+        cells = "".join(f"<td>{number(row.get(figure.key), figure.form)}</td>" for row in rows)
         body += f"<tr><td>{html.escape(figure.label)}</td>{cells}</tr>"
     note = html.escape(NOTE.format(floor=rows[0]["max_cos_random_floor"]))
     return f"<table><tr><th></th>{head}</tr>{body}</table><p><small>{note}</small></p>"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def _place(point: tuple[float, float], box: tuple[float, float, float, float]) -> tuple[float, float]:

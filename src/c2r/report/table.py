@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from c2r.eval.core import CoreResult
+Results = Mapping[str, Mapping[str, float | None]]
+"""What the table shows of each SAE, by name."""
 
 
 class Row(NamedTuple):
@@ -40,36 +41,33 @@ NOTE = (
 )
 
 
-def summary(results: dict[str, CoreResult]) -> list[dict[str, Any]]:
+def summary(results: Results) -> list[dict[str, Any]]:
     """One object an SAE, as `summary.json` holds them."""
-    return [_summary(name, result.core, result.splitting) for name, result in results.items()]
+    return [{"name": name, **figures} for name, figures in results.items()]
 
 
 def summary_of_files(evaluations: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The same from the result files of an evaluation."""
-    rows = []
-    for name in names:
-        core, splitting = (
-            json.loads((evaluations / f"{name}_{evaluation}.json").read_text())["eval_result_metrics"]
-            for evaluation in ("core", "splitting")
-        )
-        rows.append(_summary(name, core, splitting["splitting"]))
+    """The same from the result files of evaluations."""
+    rows = [{"name": name} for name in names]
+    for row in rows:
+        for path in sorted(evaluations.glob(f"{row['name']}_*.json")):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["sae_lens_id"] == row["name"]:
+                row |= found["eval_result_unstructured"].get("summary", {})
     return rows
 
 
-def _summary(name: str, core: dict[str, dict[str, float]], splitting: dict[str, float]) -> dict[str, Any]:
-    return {
-        "name": name,
-        "ev": core["reconstruction_quality"]["explained_variance"],
-        "ce_recovered": core["model_performance_preservation"]["ce_loss_score"],
-        "l0": core["sparsity"]["l0"],
-        "alive": core["misc_metrics"]["frac_alive"],
-        "neighbor_phi": splitting["neighbor_phi_mean"],
-        **{key: value for key, value in splitting.items() if key.startswith("max_cos")},
-    }
+def shown(rows: list[dict[str, Any]]) -> list[Row]:
+    """The figures of the table that some SAE has."""
+    return [figure for figure in ROWS if any(figure.key in row for row in rows)]
 
 
-def print_results(results: dict[str, CoreResult], console: Console | None = None) -> None:
+def number(value: float | None, form: str) -> str:
+    """A cell; a dash where there is no figure."""
+    return "–" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def print_results(results: Results, console: Console | None = None) -> None:
     """Print SAEs side by side, with the change from the first to the last where there are two."""
     console = console or Console()
     rows = summary(results)
@@ -79,11 +77,14 @@ def print_results(results: dict[str, CoreResult], console: Console | None = None
         table.add_column(row["name"], justify="right")
     if len(rows) == 2:
         table.add_column("change", justify="right")
-    for figure in ROWS:
-        values = [row[figure.key] for row in rows]
-        cells = [format(value, figure.form) for value in values]
+    for figure in shown(rows):
+        values = [row.get(figure.key) for row in rows]
+        cells = [number(value, figure.form) for value in values]
         if len(values) == 2:
-            cells.append(format(values[1] - values[0], "+" + figure.form))
+            first, last = values
+            change = None if first is None or last is None else last - first
+            cells.append(number(change, "+" + figure.form))
         table.add_row(figure.label, *cells)
     console.print(table)
-    console.print(NOTE.format(floor=rows[0]["max_cos_random_floor"]), style="dim")
+    if rows[0].get("max_cos_random_floor") is not None:
+        console.print(NOTE.format(floor=rows[0]["max_cos_random_floor"]), style="dim")

@@ -1,0 +1,180 @@
+"""What the evaluations of one call share: the language model, the text, its activations, and a cache on disk.
+
+n real tokens · D width of the activations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from c2r.config import DataConfig, ModelConfig
+from c2r.data.harvest import LanguageModel
+from c2r.data.tokens import Rows, packed_rows
+from c2r.eval.results import Metrics
+from c2r.sae.base import SAE
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Outcome:
+    """What one evaluation says of one SAE: a result file, and its share of the table."""
+
+    sae: str
+    evaluation: str
+    """SAEBench's type id where it has one."""
+    metrics: Metrics = field(default_factory=dict)
+    summary: dict[str, float | None] = field(default_factory=dict)
+    """What the table and `summary.json` show; None where there is no figure."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Settings of this evaluation, beside the call's own."""
+    details: list[dict[str, Any]] = field(default_factory=list)
+    unstructured: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    """Why there is no result; the other SAEs' results stand."""
+
+
+class Cache:
+    """Tensors on disk under a key of everything they depend on; made once, then read.
+
+    Arguments:
+        folder: None: `$C2R_CACHE`, or `c2r` in the user's cache folder.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        self.folder = folder or Path(os.environ.get("C2R_CACHE", home / "c2r"))
+
+    def get(self, kind: str, key: dict[str, Any], make: Callable[[], Tensors]) -> Tensors:
+        """The tensors of `key`, from disk if they are there whole, else from `make`."""
+        text = json.dumps(key, sort_keys=True, default=str)
+        path = self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
+        if path.is_file():
+            try:
+                return load_file(path)
+            except (SafetensorError, OSError):
+                path.unlink(missing_ok=True)  # cut short or damaged: made again
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+        try:
+            save_file(tensors, partial, metadata={"key": text})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return tensors
+
+
+class TextActivations(NamedTuple):
+    """The hook's activations on the evaluation's text, real tokens only, in order."""
+
+    x_nD: Tensor
+    ids_n: Tensor
+    row_n: Tensor
+    """Which row of the text each token stands in."""
+    position_n: Tensor
+    """Its position in that row."""
+
+
+@dataclass
+class Bench:
+    """One language model at one hook point, one text."""
+
+    lm: LanguageModel
+    model: ModelConfig
+    data: DataConfig
+    tokens: int
+    seed: int
+    cache: Cache
+    console: Console
+
+    @property
+    def model_key(self) -> dict[str, Any]:
+        """What activations of this model at this hook point depend on."""
+        from transformers import __version__ as transformers_version
+
+        return {"model": self.model.model_dump(mode="json"), "identity": self.lm.identity, "lib": transformers_version}
+
+    def rows(self) -> Iterator[Rows]:
+        """The held-out text in batches of rows, until `tokens` real ones have passed."""
+        # Logits are the largest thing here: rows so many that a batch of them has at most 2²⁶ numbers.
+        vocabulary = self.lm.model.config.get_text_config().vocab_size
+        size = max(1, min(16, 2**26 // (self.data.context * vocabulary)))
+        seen = 0
+        for part in packed_rows(self.data, self.lm.tokenizer, seed=self.seed, held_out=True, rows=size):
+            yield part
+            seen += int(part.real.sum())
+            if seen >= self.tokens:
+                return
+
+    @cached_property
+    def activations(self) -> TextActivations:
+        """Activations on the text, from the cache on disk where they are.
+
+        Raises:
+            ValueError: the text holds no real token.
+        """
+        rows = list(self.rows())
+        digest = hashlib.sha256()
+        for part in rows:
+            digest.update(part.ids.numpy().tobytes())
+        key = {**self.model_key, "rows": digest.hexdigest(), "context": self.data.context}
+        found = self.cache.get("activations", key, lambda: self._collect(rows))
+        return TextActivations(found["x"], found["ids"], found["row"], found["position"])
+
+    def _collect(self, rows: list[Rows]) -> Tensors:
+        parts: list[tuple[Tensor, ...]] = []
+        first = 0
+        with progress_bar(self.console) as bar:
+            for part in bar.track(rows, description="activations"):
+                row, position = part.real.nonzero(as_tuple=True)
+                x_RTD = self.lm.activations(part.ids)
+                parts.append((x_RTD[part.real.to(x_RTD.device)].cpu(), part.ids[part.real], first + row, position))
+                first += len(part.ids)
+        if not parts or sum(len(part[0]) for part in parts) == 0:
+            raise ValueError("data: the evaluation's text holds no token besides BOS, EOS and padding")
+        x, ids, row, position = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return {"x": x, "ids": ids, "row": row, "position": position}
+
+
+Evaluation = Callable[[Bench, dict[str, SAE]], Iterator[Outcome]]
+"""Yields each SAE's outcome as soon as it is there, so that it can be written before the next one fails."""
+
+
+def each(evaluation: str, one: Callable[[Bench, str, SAE], Outcome]) -> Evaluation:
+    """An evaluation that takes SAEs one by one; the failure of one is its outcome and stops no other."""
+
+    def run(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
+        for name, sae in saes.items():
+            try:
+                yield one(bench, name, sae)
+            except (ValueError, RuntimeError, ArithmeticError) as error:
+                yield Outcome(name, evaluation, error=f"{type(error).__name__}: {error}")
+
+    return run
+
+
+def progress_bar(console: Console) -> Progress:
+    """Description, bar, percentage, time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+    )
