@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from c2r.codes import Codes, Support, decode, encode_at, fired, from_dense, l0, norms, to_dense
-from c2r.sae.topk import BatchTopK, entries_above
+from c2r.sae.topk import BatchTopK
 
 shapes = st.tuples(st.integers(1, 9), st.integers(2, 12), st.integers(1, 6), st.floats(0, 1), st.integers(0, 10**6))
 
@@ -78,17 +78,6 @@ def test_batch_top_k_selects_the_exact_set(batch: int, width: int, k: int, seed:
         chosen = pre[support.tokens_N, support.latents_N]
         assert torch.equal(chosen.sort(descending=True).values, positive)
         assert torch.equal(support.tokens_N, support.tokens_N.sort().values)
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.integers(1, 5), st.integers(30, 150), st.floats(-2, 2), st.booleans(), st.integers(0, 10**6))
-def test_entries_above_a_floor_are_all_found(batch: int, width: int, floor: float, low: bool, seed: int) -> None:
-    pre = torch.randn(batch, width, generator=torch.Generator().manual_seed(seed))
-    pre = pre.bfloat16() if low else pre
-    found = entries_above(pre, floor)
-    expected = (pre.flatten() > floor).nonzero().squeeze(1)
-    assert torch.equal(found.places.sort().values, expected)
-    assert torch.equal(pre.flatten()[found.places], found.values)
 
 
 def test_floor_that_leaves_too_few_falls_back() -> None:

@@ -3,7 +3,7 @@
 Nothing here records gradients or holds an F×F matrix. A latent is never its own neighbour, except where it has
 none (the only member of a chunk): then `index[i] == i` and `cosine[i] == 0`.
 
-D width of the activations · F latents · R rows of a tile.
+D width of the activations · F latents.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from c2r.codes import at_least_fp32
+from c2r.tiles import nearest_in_tiles, nearest_of_slice
 
 Mode = Literal["exact", "chunked"]
-TILE = 2048
 
 
 class Neighbors(NamedTuple):
     """The nearest neighbour of every latent."""
 
     index: Int[Tensor, " F"]  # pyright: ignore[reportIncompatibleMethodOverride]  (a tuple's method, not used)
-    """j*(i), int64; the lowest index among equals of a tile row."""
+    """j*(i), int64; the lowest index among equals."""
     cosine: Float[Tensor, " F"]
     """cos(d_i, d_j*), in [−1, 1]; 0 for a zero row."""
 
@@ -56,14 +56,14 @@ def nearest_neighbors(
         raise ValueError(f"mode: got {mode!r}; accepted are 'exact' and 'chunked'")
     unit_FD = unit_rows(decoder)
     if mode == "exact":
-        return _search_tiles(unit_FD)
+        return Neighbors(*nearest_in_tiles(unit_FD))
     if chunk < 2:
         raise ValueError(f"chunk: got {chunk}; accepted are whole numbers ≥ 2")
     index_F = torch.arange(len(decoder), device=decoder.device)
     cosine_F = unit_FD.new_zeros(len(decoder))
     for members in torch.randperm(len(decoder), generator=generator).to(decoder.device).split(chunk):
         if len(members) > 1:
-            found = _search_tiles(unit_FD[members])
+            found = nearest_in_tiles(unit_FD[members])
             index_F[members] = members[found.index]
             cosine_F[members] = found.cosine
     return Neighbors(index_F, cosine_F)
@@ -72,16 +72,15 @@ def nearest_neighbors(
 class NeighborTable:
     """Nearest neighbours kept up to date while a decoder is trained.
 
-    "lagged" (the default of training) is exact when made and afterwards renews a slice of its rows a call, all of
-    them within `cycle` calls. The cosine of a stale neighbour is recomputed from the current decoder, and is never
-    more than the true neighbour's. "exact" and "chunked" search anew at every call.
+    "lagged" (the default of training) is exact when made and afterwards renews `rows` of its rows a call, in turn, so
+    that its cost grows as F and not as F². The cosine of a stale neighbour is recomputed from the current decoder, and
+    is never more than the true neighbour's. "exact" and "chunked" search anew at every call.
 
     Arguments:
         mode: "lagged", "exact" or "chunked".
-        cycle: calls in which "lagged" renews every row.
+        rows: how many rows "lagged" renews a call; all of them within F/rows calls.
         chunk: rows a chunk of "chunked".
-        dtype: precision of the lagged and the exact search; bfloat16 may take the second best of two that differ by
-            1 %. The cosine that the penalty uses is recomputed in fp32 either way.
+        dtype: of the product with which "lagged" finds candidates; they are compared in fp32.
         seed: of the permutations of "chunked".
     """
 
@@ -89,16 +88,18 @@ class NeighborTable:
         self,
         mode: Literal["lagged", "exact", "chunked"] = "lagged",
         *,
-        cycle: int = 64,
+        rows: int = 256,
         chunk: int = 8192,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
         self.mode: Literal["lagged", "exact", "chunked"] = mode
-        self.cycle, self.chunk, self.dtype = cycle, chunk, dtype
+        self.rows, self.chunk, self.dtype = rows, chunk, dtype
         self.generator = torch.Generator().manual_seed(seed)
         self.index_F: Tensor | None = None
         self.cursor = 0
+        self.churn = self.regret = torch.zeros(())
+        """Of the rows "lagged" renewed last: the share whose neighbour changed, and the mean cosine gained by it."""
 
     @torch.no_grad()
     def refresh(self, decoder_FD: Tensor) -> Tensor:
@@ -107,19 +108,17 @@ class NeighborTable:
             return nearest_neighbors(decoder_FD, mode="chunked", chunk=self.chunk, generator=self.generator).index
         if self.mode == "exact" or self.index_F is None:
             check_decoder(decoder_FD)
-            self.index_F = _search_tiles(unit_rows(decoder_FD).to(self.dtype)).index
+            self.index_F = nearest_in_tiles(unit_rows(decoder_FD)).index
             return self.index_F
         width = len(decoder_FD)
-        size = -(-width // self.cycle)
-        start, stop = self.cursor, min(self.cursor + size, width)
-        # A row's own norm does not change who is nearest to it; the others' are divided out after the product.
-        rows_FD = decoder_FD.to(self.dtype)
-        inverse_F = at_least_fp32(decoder_FD).norm(dim=1).clamp(min=1e-12).reciprocal().to(self.dtype)
+        start, stop = self.cursor, min(self.cursor + self.rows, width)
+        stale_R, found = self.index_F[start:stop], nearest_of_slice(decoder_FD, start, stop, self.dtype)
+        rows_RD, stale_RD = unit_rows(decoder_FD[start:stop]), unit_rows(decoder_FD[stale_R])
+        self.churn = (found.index != stale_R).float().mean()
+        self.regret = (found.cosine - (rows_RD * stale_RD).sum(1)).clamp(min=0).mean()
         # A new tensor each time: the last one may still be part of an autograd graph.
         self.index_F = self.index_F.clone()
-        cosine_RF = (rows_FD[start:stop] @ rows_FD.T).mul_(inverse_F)
-        cosine_RF.diagonal(offset=start).fill_(-torch.inf)
-        self.index_F[start:stop] = cosine_RF.argmax(1)
+        self.index_F[start:stop] = found.index
         self.cursor = stop % width
         return self.index_F
 
@@ -151,27 +150,3 @@ def check_decoder(decoder: Tensor) -> None:
 def unit_rows(decoder_FD: Tensor) -> Tensor:
     """Rows of norm 1 in at least fp32; a zero row stays zero."""
     return F.normalize(at_least_fp32(decoder_FD), dim=1)
-
-
-def _search_tiles(unit_FD: Tensor) -> Neighbors:
-    """Every pair once: tiles of the upper triangle, each read along its rows and along its columns."""
-    width = len(unit_FD)
-    index_F = torch.zeros(width, dtype=torch.long, device=unit_FD.device)
-    cosine_F = unit_FD.new_full((width,), -torch.inf)
-
-    def offer(rows: slice, best: torch.return_types.max, offset: int) -> None:
-        better = best.values > cosine_F[rows]
-        cosine_F[rows] = torch.where(better, best.values, cosine_F[rows])
-        index_F[rows] = torch.where(better, best.indices + offset, index_F[rows])
-
-    for top in range(0, width, TILE):
-        rows = slice(top, min(top + TILE, width))
-        for left in range(top, width, TILE):
-            columns = slice(left, min(left + TILE, width))
-            cosine_RR = unit_FD[rows] @ unit_FD[columns].T
-            if left == top:
-                cosine_RR.fill_diagonal_(-torch.inf)
-            else:
-                offer(columns, cosine_RR.max(0), top)
-            offer(rows, cosine_RR.max(1), left)
-    return Neighbors(index_F, cosine_F.clamp(-1.0, 1.0))

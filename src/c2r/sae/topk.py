@@ -5,15 +5,13 @@ B tokens in a batch · F latents · N non-zeros in a batch.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from c2r.codes import Support
+from c2r.tiles import entries_above
 
 _BELOW_CUT = 0.9
-_GROUP = 32
 
 
 class BatchTopK:
@@ -34,39 +32,13 @@ class BatchTopK:
         candidates = None if self.floor is None else entries_above(pre_BF, self.floor)
         if candidates is not None and len(candidates.values) >= total:
             values, among = candidates.values.topk(total, sorted=False)
-            chosen = candidates.places[among]
+            chosen = candidates.rows[among] * width + candidates.columns[among]
         else:
             values, chosen = pre_BF.flatten().topk(total, sorted=False)
         cut = values.min().item()
         self.floor = cut * _BELOW_CUT if cut > 0 else None
         chosen = chosen[values > 0].sort().values
         return Support(chosen % width, chosen // width, batch, width)
-
-
-class Entries(NamedTuple):
-    """Entries of a matrix."""
-
-    values: Tensor
-    places: Tensor
-    """Index into the flattened matrix."""
-
-
-def entries_above(pre_BF: Tensor, floor: float) -> Entries:
-    """The entries above `floor`. A row is read once, for the maxima of strided groups; few groups are looked into."""
-    width = pre_BF.shape[1]
-    groups = width // _GROUP
-    covered = groups * _GROUP
-    # Group c of a row holds its entries c, c + groups, c + 2·groups, …: a maximum over rows of a contiguous view.
-    grouped_BGC = pre_BF[:, :covered].unflatten(1, (_GROUP, groups))
-    rows_H, group_H = (grouped_BGC.amax(1) > floor).nonzero(as_tuple=True)
-    inside_HG = grouped_BGC[rows_H, :, group_H]
-    hit_N, member_N = (inside_HG > floor).nonzero(as_tuple=True)
-    values, places = inside_HG[hit_N, member_N], rows_H[hit_N] * width + member_N * groups + group_H[hit_N]
-    if covered < width:
-        rows_R, rest_R = (pre_BF[:, covered:] > floor).nonzero(as_tuple=True)
-        values = torch.cat([values, pre_BF[rows_R, covered + rest_R]])
-        places = torch.cat([places, rows_R * width + covered + rest_R])
-    return Entries(values, places)
 
 
 @torch.no_grad()

@@ -129,6 +129,8 @@ class Run(Generic[Config]):
                 "l0": l0(encoded.acts),
                 "alive": self.alive_F.float().mean(),
                 "penalty_ratio": losses["c2r"].detach() / error,
+                "neighbor_churn": self.table.churn,
+                "neighbor_regret": self.table.regret,
             }
 
     def consistency_term(self, encoded: Encoded, batch: int) -> Tensor:

@@ -1,0 +1,163 @@
+"""Reading a large matrix once: the few entries above a floor, and the nearest rows among F without an F×F matrix.
+
+A product in bf16 finds who could be nearest; the few that could are compared in full precision, so that the answer is
+the exact one at the price of the cheap product.
+
+R, C rows and columns of a tile · D width of the activations · F latents · P pairs.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from c2r.codes import at_least_fp32
+
+TILE = 2048
+_GROUP = 32
+_CROWDED = 64
+_SLACK = {torch.bfloat16: 2.0**-6, torch.float32: 1e-5, torch.float64: 1e-12}
+"""Twice what rounding can move the cosine of two unit rows: bf16 moves it by 2⁻⁸ + 2⁻⁹ at most."""
+
+
+class Entries(NamedTuple):
+    """Entries of a matrix."""
+
+    values: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def entries_above(matrix_RC: Tensor, floor: float | Tensor, dim: int = 1) -> Entries:
+    """The entries above `floor`, which may differ by row (`[R]`, dim 1) or by column (`[C]`, dim 0).
+
+    The matrix is read once, for the maxima of strided groups along `dim`; few groups are looked into.
+    """
+    groups = matrix_RC.shape[dim] // _GROUP
+    covered = groups * _GROUP
+    floor = torch.as_tensor(floor, dtype=torch.float32, device=matrix_RC.device).reshape(-1)
+    # Group c holds entries c, c + groups, c + 2·groups, … of a line: a maximum over lines of a contiguous view.
+    grouped = matrix_RC.narrow(dim, 0, covered).unflatten(dim, (_GROUP, groups))
+    a_H, b_H = (grouped.amax(dim) > floor.unsqueeze(dim)).nonzero(as_tuple=True)
+    inside_HG = grouped.movedim(dim, -1)[a_H, b_H]
+    line_H, group_H = (a_H, b_H) if dim == 1 else (b_H, a_H)
+    hit_N, member_N = (inside_HG > floor.expand(matrix_RC.shape[1 - dim])[line_H, None]).nonzero(as_tuple=True)
+    values, line, along = inside_HG[hit_N, member_N], line_H[hit_N], member_N * groups + group_H[hit_N]
+    if covered < matrix_RC.shape[dim]:
+        rest = matrix_RC.narrow(dim, covered, matrix_RC.shape[dim] - covered)
+        at = (rest > floor.unsqueeze(dim)).nonzero(as_tuple=True)
+        values, line = torch.cat([values, rest[at]]), torch.cat([line, at[1 - dim]])
+        along = torch.cat([along, covered + at[dim]])
+    return Entries(values, line, along) if dim == 1 else Entries(values, along, line)
+
+
+class Nearest(NamedTuple):
+    """The nearest other row of some rows."""
+
+    index: Tensor
+    cosine: Tensor
+
+
+def nearest_in_tiles(unit_FD: Tensor, dtype: torch.dtype | None = None) -> Nearest:
+    """The nearest other row of every unit row by cosine, exactly; the lowest index among equals.
+
+    Tiles of the upper triangle, each read along its rows and along its columns. `dtype` is of the products that
+    choose the candidates; None takes the fastest here.
+    """
+    low_FD = unit_FD.to(dtype or quick_dtype(unit_FD.device))
+    contest = _Contest(unit_FD, unit_FD, _SLACK[low_FD.dtype])
+    for top in range(0, len(unit_FD), TILE):
+        for left in range(top, len(unit_FD), TILE):
+            tile_RC = low_FD[top : top + TILE] @ low_FD[left : left + TILE].T
+            if left == top:
+                tile_RC.fill_diagonal_(-torch.inf)
+            else:
+                contest.offer(tile_RC, left, top, dim=0)
+            contest.offer(tile_RC, top, left, dim=1)
+    return contest.settle()
+
+
+def nearest_of_slice(rows_FD: Tensor, start: int, stop: int, dtype: torch.dtype) -> Nearest:
+    """The nearest other row of rows `start` to `stop`; rows of any norm.
+
+    Where norms differ much, rounding in `dtype` may pass over the nearest for one whose cosine is 1 % lower.
+    """
+    rows_FD = at_least_fp32(rows_FD)
+    low_FD, inverse_F = rows_FD.to(dtype), rows_FD.norm(dim=1).clamp(min=1e-12).reciprocal()
+    # A row's own norm does not change who is nearest to it; the others' are divided out after the product.
+    tile_RF = (low_FD[start:stop] @ low_FD.T).mul_(inverse_F.to(dtype))
+    tile_RF.diagonal(offset=start).fill_(-torch.inf)
+    contest = _Contest(rows_FD[start:stop] * inverse_F[start:stop, None], rows_FD, _SLACK[dtype], inverse_F)
+    tile_RF *= inverse_F[start:stop, None].to(dtype)
+    contest.offer(tile_RF, 0, 0, dim=1)
+    return contest.settle()
+
+
+class _Contest:
+    """Which of `rows_FD` is nearest to each of the unit rows `own_RD`, given tiles of approximate cosines.
+
+    `inverse_F` are reciprocal norms of `rows_FD` where these are not unit rows.
+    """
+
+    def __init__(self, own_RD: Tensor, rows_FD: Tensor, slack: float, inverse_F: Tensor | None = None) -> None:
+        self.own_RD, self.rows_FD, self.slack, self.inverse_F = own_RD, rows_FD, slack, inverse_F
+        self.peak_R = own_RD.new_full((len(own_RD),), -torch.inf, dtype=torch.float32)
+        self.entries: list[Entries] = []
+
+    def offer(self, tile: Tensor, first_own: int, first_row: int, dim: int) -> None:
+        """Candidates along `dim` of a tile; with dim 0 its columns are the contest's own rows."""
+        lines = slice(first_own, first_own + tile.shape[1 - dim])
+        self.peak_R[lines] = torch.maximum(self.peak_R[lines], tile.amax(dim).float())
+        found = entries_above(tile, self.peak_R[lines] - self.slack, dim)
+        if len(found.values) > _CROWDED * tile.shape[1 - dim]:
+            found = self._best_of(tile, lines, first_row, dim)
+        line, other = (found.rows, found.columns) if dim == 1 else (found.columns, found.rows)
+        self.entries.append(Entries(found.values, line + first_own, other + first_row))
+
+    def _best_of(self, tile: Tensor, lines: slice, first_row: int, dim: int) -> Entries:
+        """The tile's nearest of each line in full precision: for lines with very many about as near."""
+        rows = slice(first_row, first_row + tile.shape[dim])
+        exact = self.own_RD[lines] @ self.rows_FD[rows].T
+        if self.inverse_F is not None:
+            exact *= self.inverse_F[rows]
+        best = exact.masked_fill_((tile if dim == 1 else tile.T).isneginf(), -torch.inf).max(1)
+        line = torch.arange(len(exact), device=exact.device)
+        values = best.values + self.slack  # survives every later comparison with approximate peaks
+        return Entries(values, *((line, best.indices) if dim == 1 else (best.indices, line)))
+
+    def settle(self) -> Nearest:
+        """Compare those within the slack of the best in full precision."""
+        values, line, other = (torch.cat(parts) for parts in zip(*self.entries, strict=True))
+        close_P = values >= self.peak_R[line] - self.slack
+        line_P, other_P = line[close_P], other[close_P]
+        pairs = zip(line_P.split(TILE), other_P.split(TILE), strict=True)
+        cosine_P = torch.cat([(self.own_RD[i] * self.rows_FD[j]).sum(1) for i, j in pairs])
+        if self.inverse_F is not None:
+            cosine_P = cosine_P * self.inverse_F[other_P]
+        cosine_R = torch.full_like(self.own_RD[:, 0], -torch.inf).scatter_reduce(0, line_P, cosine_P, "amax")
+        won_P = cosine_P == cosine_R[line_P]
+        index_R = torch.full_like(line_P[:1], len(self.rows_FD)).expand(len(self.own_RD)).clone()
+        index_R.scatter_reduce_(0, line_P[won_P], other_P[won_P], "amin")
+        return Nearest(index_R, cosine_R.clamp(-1.0, 1.0))
+
+
+@cache
+def quick_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where its products are faster than fp32's, which is measured once; on a GPU they are."""
+    if device.type != "cpu":
+        return torch.bfloat16
+
+    def seconds(dtype: torch.dtype) -> float:
+        rows = torch.zeros(512, 512, dtype=dtype)
+        took = []
+        for _ in range(4):
+            start = time.perf_counter()
+            rows @ rows.T
+            took.append(time.perf_counter() - start)
+        return min(took)
+
+    return min((torch.bfloat16, torch.float32), key=seconds)
