@@ -154,10 +154,8 @@ def gather_sum(source: Tensor, index_N: Tensor, starts: Tensor, weight_N: Tensor
 
 def _pair_dots(a_BD: Tensor, b_FD: Tensor, support: Support) -> Tensor:
     """a[token_n] · b[latent_n] for every non-zero n: the gradient of a weighted sum of rows in its weights."""
-    with torch.enable_grad():
-        weight_N = a_BD.new_ones(len(support.latents_N), requires_grad=True)
-        rows = gather_sum(b_FD.detach(), support.latents_N, support.token_starts, weight_N)
-    return torch.autograd.grad(rows, weight_N, a_BD.contiguous())[0]
+    backward = torch.ops.aten._embedding_bag_per_sample_weights_backward  # its forward would be thrown away
+    return backward(a_BD.contiguous(), b_FD, support.latents_N, support.token_starts, support.tokens_N, 0)
 
 
 def _weight_gradient(rows_BD: Tensor, weight_N: Tensor, support: Support) -> Tensor:

@@ -88,7 +88,7 @@ class NeighborTable:
         self,
         mode: Literal["lagged", "exact", "chunked"] = "lagged",
         *,
-        rows: int = 256,
+        rows: int = 128,
         chunk: int = 8192,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,

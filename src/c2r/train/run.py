@@ -70,7 +70,8 @@ class Run(Generic[Config]):
         self.product_dtype = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
         self.selector = BatchTopK()
         mode = config.c2r.neighbors if config.c2r else "lagged"
-        self.table = NeighborTable(mode, dtype=self.product_dtype, seed=self.seed)
+        rows = max(128, 10 * config.width // train.steps)  # every row at least ten times in a run
+        self.table = NeighborTable(mode, rows=rows, dtype=self.product_dtype, seed=self.seed)
         self.consistency = None if config.c2r is None else Consistency(config.c2r, self.sae, seed=self.seed)
         self.ends = (
             group_ends(config.fractions, config.width) if isinstance(config, MatryoshkaConfig) else (config.width,)
