@@ -23,8 +23,7 @@ from torch.nn import functional as F
 
 from c2r.codes import Codes, at_least_fp32, gather_sum, norms, row_starts
 from c2r.neighbors import check_decoder, nearest_neighbors
-
-_ROWS = 2048
+from c2r.tiles import row_dots
 
 
 def consistency_penalty(
@@ -94,11 +93,8 @@ class _PairCosines(torch.autograd.Function):
     def forward(ctx: Any, decoder_FD: Tensor, neighbors_F: Tensor) -> Tensor:
         rows_FD = at_least_fp32(decoder_FD)
         inverse_F = rows_FD.norm(dim=1).clamp(min=1e-12).reciprocal()
-        dots = [
-            (rows_RD * rows_FD[near_R]).sum(1)
-            for rows_RD, near_R in zip(rows_FD.split(_ROWS), neighbors_F.split(_ROWS), strict=True)
-        ]
-        cosine_F = torch.cat(dots) * inverse_F * inverse_F[neighbors_F]
+        own_F = torch.arange(len(rows_FD), device=rows_FD.device)
+        cosine_F = row_dots(rows_FD, own_F, rows_FD, neighbors_F) * inverse_F * inverse_F[neighbors_F]
         ctx.save_for_backward(decoder_FD, neighbors_F, inverse_F, cosine_F)
         return cosine_F
 

@@ -134,8 +134,7 @@ class _Contest:
         values, line, other = (torch.cat(parts) for parts in zip(*self.entries, strict=True))
         close_P = values >= self.peak_R[line] - self.slack
         line_P, other_P = line[close_P], other[close_P]
-        pairs = zip(line_P.split(TILE), other_P.split(TILE), strict=True)
-        cosine_P = torch.cat([(self.own_RD[i] * self.rows_FD[j]).sum(1) for i, j in pairs])
+        cosine_P = row_dots(self.own_RD, line_P, self.rows_FD, other_P)
         if self.inverse_F is not None:
             cosine_P = cosine_P * self.inverse_F[other_P]
         cosine_R = torch.full_like(self.own_RD[:, 0], -torch.inf).scatter_reduce(0, line_P, cosine_P, "amax")
@@ -143,6 +142,16 @@ class _Contest:
         index_R = torch.full_like(line_P[:1], len(self.rows_FD)).expand(len(self.own_RD)).clone()
         index_R.scatter_reduce_(0, line_P[won_P], other_P[won_P], "amin")
         return Nearest(index_R, cosine_R.clamp(-1.0, 1.0))
+
+
+def row_dots(a_RD: Tensor, i_P: Tensor, b_FD: Tensor, j_P: Tensor) -> Tensor:
+    """a[i_p] · b[j_p] of P pairs of rows, `[P]`; holds few rows at a time."""
+    # Written into one tensor: results kept between the large temporaries would scatter the heap and make it grow.
+    dots_P = a_RD.new_empty(len(i_P))
+    for start in range(0, len(i_P), TILE):
+        part = slice(start, start + TILE)
+        torch.sum(a_RD[i_P[part]].mul_(b_FD[j_P[part]]), 1, out=dots_P[part])
+    return dots_P
 
 
 @cache

@@ -18,7 +18,8 @@ class BatchTopK:
     """The B·k largest positive pre-activations of a whole batch (Bussmann et al. 2024, arXiv 2412.06410).
 
     A running floor a little below the last cut leaves a few B·k candidates, and the exact top-k runs on those
-    alone; where the floor left too few, it runs on everything. The set is the exact one either way.
+    alone; where the floor left too few, one is taken from a sample of tokens, and at last it is 0. The set is the
+    exact one either way.
     """
 
     def __init__(self) -> None:
@@ -29,16 +30,28 @@ class BatchTopK:
         """Where the `B·k` largest positive entries of `pre_BF` are; fewer where fewer are positive."""
         batch, width = pre_BF.shape
         total = min(batch * k, pre_BF.numel())
-        candidates = None if self.floor is None else entries_above(pre_BF, self.floor)
-        if candidates is not None and len(candidates.values) >= total:
-            values, among = candidates.values.topk(total, sorted=False)
-            chosen = candidates.rows[among] * width + candidates.columns[among]
-        else:
-            values, chosen = pre_BF.flatten().topk(total, sorted=False)
-        cut = values.min().item()
-        self.floor = cut * _BELOW_CUT if cut > 0 else None
-        chosen = chosen[values > 0].sort().values
+        values, chosen = self._candidates(pre_BF, total)
+        if len(values) > total:
+            values, among = values.topk(total, sorted=False)
+            chosen = chosen[among]
+        self.floor = values.min().item() * _BELOW_CUT if len(values) else None
+        chosen = chosen.sort().values
         return Support(chosen % width, chosen // width, batch, width)
+
+    def _candidates(self, pre_BF: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """The positive entries that may be among the `total` largest, and their places in the flattened matrix."""
+        found = None if self.floor is None else entries_above(pre_BF, self.floor)
+        if found is None or len(found.values) < total:
+            found = entries_above(pre_BF, self._sampled_floor(pre_BF, total))
+        if len(found.values) < total:
+            found = entries_above(pre_BF, 0.0)
+        return found.values, found.rows * pre_BF.shape[1] + found.columns
+
+    def _sampled_floor(self, pre_BF: Tensor, total: int) -> float:
+        """A floor from every 16th token, 0 at least."""
+        sample = pre_BF[::16]
+        cut = sample.flatten().topk(max(1, total * len(sample) // len(pre_BF)), sorted=False).values.min().item()
+        return max(cut * _BELOW_CUT, 0.0)
 
 
 @torch.no_grad()

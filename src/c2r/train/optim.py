@@ -42,6 +42,15 @@ def random_unit_rows(width: int, d_in: int, seed: int) -> Tensor:
     return rows_FD / rows_FD.norm(dim=1, keepdim=True)
 
 
+def adam(parameters: Sequence[Tensor], lr: float) -> torch.optim.Adam:
+    """Fused Adam that holds its state from the start: made amid a step's temporaries, it would scatter the heap."""
+    optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999), fused=True)
+    for parameter in parameters:
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+    return optimizer
+
+
 @torch.no_grad()
 def geometric_median(x_BD: Tensor, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
     """The point of least summed distance to the rows `[D]`, by Weiszfeld's iteration from their mean."""

@@ -21,6 +21,7 @@ from c2r.sae.base import SAE, Extra
 from c2r.sae.topk import BatchTopK
 from c2r.train.consistency import Consistency
 from c2r.train.optim import (
+    adam,
     clip_gradients,
     geometric_median,
     learning_rate_factor,
@@ -66,11 +67,11 @@ class Run(Generic[Config]):
         """Of batch-top-k's inference form, learnt while training; −1 until it is first measured."""
         self.smallest = torch.tensor(-1.0, device=device)
         """The last batch's measure of it, which serves an SAE that is saved before."""
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=train.lr, betas=(0.9, 0.999), fused=True)
+        self.optimizer = adam(list(self.sae.parameters()), train.lr)
         self.product_dtype = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
         self.selector = BatchTopK()
         mode = config.c2r.neighbors if config.c2r else "lagged"
-        rows = max(128, 10 * config.width // train.steps)  # every row at least ten times in a run
+        rows = min(max(128, 10 * config.width // train.steps), 1024)  # every row about ten times in a short run
         self.table = NeighborTable(mode, rows=rows, dtype=self.product_dtype, seed=self.seed)
         self.consistency = None if config.c2r is None else Consistency(config.c2r, self.sae, seed=self.seed)
         self.ends = (
