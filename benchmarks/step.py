@@ -4,7 +4,10 @@
 
 Medians over interleaved rounds after warm-up, so that a noisy machine disturbs every row alike. The published step is
 measured as the mean over its cycle of five, one of which has its C²R. `--default-allocator` leaves out what
-`c2r train` asks of the C library (see `c2r.train.memory`), for every row.
+`c2r train` asks of the C library (see `c2r.train.memory`), for every row. At the paper's shape a cycle of the published
+step takes minutes:
+
+    python benchmarks/step.py --d-in 2304 --width 65536 --k 60 --only floor lagged fp32 --cycles 1
 """
 
 from __future__ import annotations
@@ -23,8 +26,15 @@ from c2r.train.memory import keep_freed_memory
 from c2r.train.run import Run
 from published import PublishedStep
 
-FLOOR, PLAIN, LAGGED = "encoder's product, bf16 (the floor)", "c2r without C²R", "c2r with C²R, lagged (default)"
-EXACT, AUTOCAST, FP32 = "c2r with C²R, exact", "published, bf16 autocast", "published, fp32"
+LABELS = {
+    "floor": "encoder's product, bf16 (the floor)",
+    "plain": "c2r without C²R",
+    "lagged": "c2r with C²R, lagged (default)",
+    "exact": "c2r with C²R, exact",
+    "two": "c2r, two SAEs on the same batch",
+    "autocast": "published, bf16 autocast",
+    "fp32": "published, fp32",
+}
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -45,6 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("d-in", 512), ("width", 16384), ("batch", 2048), ("k", 32), ("rounds", 7), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", nargs="+", choices=list(LABELS), default=list(LABELS))
+    parser.add_argument("--cycles", type=int, help="rounds of the published step; the same as --rounds if not given")
     parser.add_argument("--default-allocator", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -62,39 +74,53 @@ def main() -> None:
         step = PublishedStep(args.d_in, args.width, args.k, autocast=autocast)
         return lambda: [step(x) for _ in range(step.every)]
 
-    x_low, W_low = x.bfloat16(), torch.randn(args.width, args.d_in).bfloat16()
-    rows: dict[str, tuple[Callable[[], object], int]] = {
-        FLOOR: (lambda: torch.nn.functional.linear(x_low, W_low), 1),
-        PLAIN: (ours(None), 1),
-        LAGGED: (ours(ConsistencyConfig(strength=0.9)), 1),
-        EXACT: (ours(ConsistencyConfig(strength=0.9, neighbors="exact")), 1),
-        AUTOCAST: (published(True), 5),
-        FP32: (published(False), 5),
+    def floor() -> Callable[[], object]:
+        x_low, W_low = x.bfloat16(), torch.randn(args.width, args.d_in).bfloat16()
+        return lambda: torch.nn.functional.linear(x_low, W_low)
+
+    def two() -> Callable[[], object]:
+        runs = [ours(ConsistencyConfig(strength=0.9)) for _ in range(2)]
+        return lambda: [run() for run in runs]
+
+    makers: dict[str, Callable[[], Callable[[], object]]] = {
+        "floor": floor,
+        "plain": lambda: ours(None),
+        "lagged": lambda: ours(ConsistencyConfig(strength=0.9)),
+        "exact": lambda: ours(ConsistencyConfig(strength=0.9, neighbors="exact")),
+        "two": two,
+        "autocast": lambda: published(True),
+        "fp32": lambda: published(False),
     }
+    rows = {name: makers[name]() for name in args.only}
     times: dict[str, list[float]] = {name: [] for name in rows}
     warm_up = 3
     for round_number in range(args.rounds + warm_up):
-        for name, (work, steps) in rows.items():
-            if steps > 1 and 0 < round_number < warm_up:
-                continue  # one cycle warms the published step up
+        for name, work in rows.items():
+            steps = 5 if name in ("autocast", "fp32") else 1
+            counted = 0 <= round_number - warm_up < (args.cycles or args.rounds)
+            if steps > 1 and not counted and (round_number or args.cycles):
+                continue  # one cycle warms the published step up; where --cycles is given, none
             seconds = timed(work) / steps
             if round_number >= warm_up:
                 times[name].append(seconds)
     median = {name: statistics.median(values) for name, values in times.items()}
-    figures = {
-        "faster than published, bf16 autocast": median[AUTOCAST] / median[LAGGED],
-        "faster than published, fp32": median[FP32] / median[LAGGED],
-        "step with C²R over the floor": median[LAGGED] / median[FLOOR],
-        "share of C²R in the step": 1 - median[PLAIN] / median[LAGGED],
+    ratios = {
+        "faster than published, bf16 autocast": ("autocast", "lagged"),
+        "faster than published, fp32": ("fp32", "lagged"),
+        "step with C²R over the floor": ("lagged", "floor"),
+        "step with C²R over step without": ("lagged", "plain"),
+        "two SAEs over one": ("two", "lagged"),
     }
+    figures = {label: median[a] / median[b] for label, (a, b) in ratios.items() if a in median and b in median}
     if args.json:
-        print(json.dumps({"settings": vars(args), "seconds": median, "ratios": figures}, ensure_ascii=False))
+        seconds = {LABELS[name]: value for name, value in median.items()}
+        print(json.dumps({"settings": vars(args), "seconds": seconds, "ratios": figures}, ensure_ascii=False))
         return
     print(f"D {args.d_in}, F {args.width}, B {args.batch}, K {args.k}, {args.threads} threads, {args.rounds} rounds")
     for name, seconds in median.items():
-        print(f"{name:<40}{1000 * seconds:9.1f} ms")
-    for name, value in figures.items():
-        print(f"{name:<40}{value:9.2f}")
+        print(f"{LABELS[name]:<40}{1000 * seconds:9.1f} ms")
+    for label, value in figures.items():
+        print(f"{label:<40}{value:9.2f}")
 
 
 if __name__ == "__main__":
