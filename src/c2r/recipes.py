@@ -17,7 +17,7 @@ from c2r.loss import terms
 from c2r.loss.terms import Encoded, Forward
 from c2r.sae.base import Architecture
 from c2r.sae.jumprelu import jump_relu, soft_l0
-from c2r.sae.topk import top_k_of_each_token
+from c2r.sae.topk import support_above, top_k_of_each_token
 
 if TYPE_CHECKING:
     from c2r.train.run import Run
@@ -48,19 +48,34 @@ class Recipe(NamedTuple):
 
 def encode_relu(run: Run[Any], x_BD: Tensor) -> Encoded:
     """f = ReLU(pre)."""
-    return Encoded(F.relu(run.product(x_BD)))
+    if not run.sparse_pays:
+        return Encoded(F.relu(run.product(x_BD)))
+    support = support_above(run.selecting_product(x_BD), 0.0)
+    return Encoded(Codes(F.relu(run.encode_at(x_BD, support)), support))
 
 
 def encode_jump_relu(run: Run[Any], x_BD: Tensor) -> Encoded:
     """f = pre where pre > threshold."""
     threshold_F: Any = run.sae.threshold
-    return Encoded(jump_relu(run.product(x_BD), threshold_F, run.config.bandwidth))
+    if not run.sparse_pays:
+        return Encoded(jump_relu(run.product(x_BD), threshold_F, run.config.bandwidth))
+    # The entries that fire, and those so little below their threshold that they have a say in its gradient.
+    support = support_above(run.selecting_product(x_BD), threshold_F.detach() - run.config.bandwidth / 2)
+    pre_N = run.encode_at(x_BD, support)
+    return Encoded(Codes(jump_relu(pre_N, threshold_F[support.latents_N], run.config.bandwidth), support))
 
 
 def encode_gated(run: Run[Any], x_BD: Tensor) -> Encoded:
     """f = magnitude where the gate is open; C²R sees the gate's activations, which alone decide what fires."""
-    pre_BF = run.product(x_BD)
-    return Encoded(run.sae.activate(pre_BF), gate_BF=F.relu(pre_BF))
+    sae: Any = run.sae
+    if not run.sparse_pays:
+        pre_BF = run.product(x_BD)
+        return Encoded(sae.activate(pre_BF), gate=F.relu(pre_BF))
+    support = support_above(run.selecting_product(x_BD), 0.0)
+    pre_N, at = run.encode_at(x_BD, support), support.latents_N
+    magnitude_N = sae.r_mag[at].exp() * (pre_N - sae.b_enc[at]) + sae.b_mag[at]
+    open_N = F.relu(magnitude_N) * (pre_N > 0)
+    return Encoded(Codes(open_N, support), gate=Codes(F.relu(pre_N), support))
 
 
 def encode_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
@@ -101,25 +116,21 @@ def _orthogonality(run: Run[Any], forward: Forward) -> Tensor:
 
 
 def _l1(run: Run[Any], forward: Forward) -> Tensor:
-    acts_BF: Any = forward.encoded.penalised
-    return run.config.l1 * run.sparsity_scale * terms.l1(acts_BF)
+    return run.config.l1 * run.sparsity_scale * terms.l1(forward.encoded.penalised)
 
 
 def _l1_of_norms(run: Run[Any], forward: Forward) -> Tensor:
-    acts_BF: Any = forward.encoded.acts
-    return run.config.l1 * run.sparsity_scale * terms.l1(acts_BF, run.sae.W_dec.norm(dim=1))
+    return run.config.l1 * run.sparsity_scale * terms.l1(forward.encoded.acts, run.sae.W_dec.norm(dim=1))
 
 
 def _lp(run: Run[Any], forward: Forward) -> Tensor:
-    acts_BF: Any = forward.encoded.acts
-    p, rescaled = run.annealed_p(acts_BF)
-    return run.config.l1 * run.sparsity_scale * rescaled * terms.lp(acts_BF, p)
+    p, rescaled = run.annealed_p(forward.encoded.acts)
+    return run.config.l1 * run.sparsity_scale * rescaled * terms.lp(forward.encoded.acts, p)
 
 
 def _target_l0(run: Run[Any], forward: Forward) -> Tensor:
-    acts_BF: Any = forward.encoded.acts
     threshold_F: Any = run.sae.threshold
-    off_target = soft_l0(acts_BF, threshold_F, run.config.bandwidth) / run.config.target_l0 - 1
+    off_target = soft_l0(forward.encoded.acts, threshold_F, run.config.bandwidth) / run.config.target_l0 - 1
     return run.config.sparsity_coefficient * run.sparsity_scale * off_target.square()
 
 

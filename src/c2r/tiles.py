@@ -58,7 +58,7 @@ def entries_above(matrix_RC: Tensor, floor: float | Tensor, dim: int = 1) -> Ent
 class Nearest(NamedTuple):
     """The nearest other row of some rows."""
 
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  (a tuple's method, not used)
     cosine: Tensor
 
 
@@ -165,7 +165,7 @@ def quick_dtype(device: torch.device) -> torch.dtype:
         took = []
         for _ in range(4):
             start = time.perf_counter()
-            rows @ rows.T
+            torch.mm(rows, rows)
             took.append(time.perf_counter() - start)
         return min(took)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.codes import Acts, decode, decode_groups
+from c2r.codes import Acts, Codes, decode, decode_groups
 from c2r.penalty import pair_cosines
 from c2r.sae.base import SAE
 
@@ -23,13 +23,13 @@ class Encoded(NamedTuple):
 
     acts: Acts
     """What is decoded."""
-    gate_BF: Tensor | None = None
+    gate: Acts | None = None
     """gated: the gate's ReLU'd pre-activations, which is what L1 and C²R see."""
 
     @property
     def penalised(self) -> Acts:
         """The activations that C²R sees."""
-        return self.acts if self.gate_BF is None else self.gate_BF
+        return self.acts if self.gate is None else self.gate
 
 
 @dataclass(frozen=True)
@@ -87,24 +87,33 @@ def aux_k(forward: Forward, k: int, *, signed: bool = False) -> Tensor:
     return missed / variance if variance > 0 else missed.new_zeros(())
 
 
-def l1(acts_BF: Tensor, norms_F: Tensor | None = None) -> Tensor:
+def l1(acts: Acts, norms_F: Tensor | None = None) -> Tensor:
     """Mean over tokens of Σ f_i, or of Σ f_i·‖d_i‖ for decoders whose norms are free."""
-    return (acts_BF if norms_F is None else acts_BF * norms_F).sum(1).mean()
+    values, tokens = _values(acts)
+    if norms_F is not None:
+        values = values * (norms_F[acts.support.latents_N] if isinstance(acts, Codes) else norms_F)
+    return values.sum() / tokens
 
 
-def lp(acts_BF: Tensor, p: float, floor: float = 1e-6) -> Tensor:
+def lp(acts: Acts, p: float, floor: float = 1e-6) -> Tensor:
     """Mean over tokens of Σ f_iᵖ (Karvonen et al. 2024, arXiv 2408.00113).
 
     Below `floor` an activation counts as 0 and has no gradient; fᵖ has an unbounded one there.
     """
-    active_BF = acts_BF > floor
-    return acts_BF.masked_fill(~active_BF, 1.0).pow(p).masked_fill(~active_BF, 0.0).sum(1).mean()
+    values, tokens = _values(acts)
+    active = values > floor
+    return values.masked_fill(~active, 1.0).pow(p).masked_fill(~active, 0.0).sum() / tokens
+
+
+def _values(acts: Acts) -> tuple[Tensor, int]:
+    """The activations in either form, and the number of tokens."""
+    return (acts.values_N, acts.support.batch) if isinstance(acts, Codes) else (acts, len(acts))
 
 
 def gate_reconstruction(forward: Forward) -> Tensor:
     """Mean ‖x − x̂‖² of what the gate alone would reconstruct; the decoder is held still (arXiv 2404.16014)."""
-    assert forward.encoded.gate_BF is not None
-    x_hat_BD = decode(forward.encoded.gate_BF, forward.sae.W_dec.detach(), forward.sae.b_dec.detach())
+    assert forward.encoded.gate is not None
+    x_hat_BD = decode(forward.encoded.gate, forward.sae.W_dec.detach(), forward.sae.b_dec.detach())
     return (forward.x_BD - x_hat_BD).square().sum(1).mean()
 
 

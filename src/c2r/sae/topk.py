@@ -1,4 +1,4 @@
-"""Selection of the top-k family: which pre-activations become activations.
+"""Selection: which pre-activations become activations.
 
 B tokens in a batch · F latents · N non-zeros in a batch.
 """
@@ -35,8 +35,7 @@ class BatchTopK:
             values, among = values.topk(total, sorted=False)
             chosen = chosen[among]
         self.floor = values.min().item() * _BELOW_CUT if len(values) else None
-        chosen = chosen.sort().values
-        return Support(chosen % width, chosen // width, batch, width)
+        return _support(chosen, batch, width)
 
     def _candidates(self, pre_BF: Tensor, total: int) -> tuple[Tensor, Tensor]:
         """The positive entries that may be among the `total` largest, and their places in the flattened matrix."""
@@ -52,6 +51,19 @@ class BatchTopK:
         sample = pre_BF[::16]
         cut = sample.flatten().topk(max(1, total * len(sample) // len(pre_BF)), sorted=False).values.min().item()
         return max(cut * _BELOW_CUT, 0.0)
+
+
+@torch.no_grad()
+def support_above(pre_BF: Tensor, floor: float | Tensor) -> Support:
+    """Where `pre_BF` is above `floor`, a number or one a latent `[F]`."""
+    found = entries_above(pre_BF, floor, dim=0 if isinstance(floor, Tensor) else 1)
+    return _support(found.rows * pre_BF.shape[1] + found.columns, *pre_BF.shape)
+
+
+def _support(places_N: Tensor, batch: int, width: int) -> Support:
+    """From places in the flattened matrix, in any order."""
+    ordered_N = places_N.sort().values
+    return Support(ordered_N % width, ordered_N // width, batch, width)
 
 
 @torch.no_grad()

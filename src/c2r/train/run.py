@@ -31,6 +31,8 @@ from c2r.train.optim import (
     random_unit_rows,
 )
 
+SPARSE_BELOW = 0.02
+"""Share of activations that fire, below which the sparse step beats the dense one (benchmarks/sparse.py)."""
 ALIVE_TOKENS = 500_000
 """A latent counts as alive in what a run shows if it fired within so many tokens."""
 Config = TypeVar("Config", bound=SAEConfig)
@@ -80,6 +82,8 @@ class Run(Generic[Config]):
         self.silent_tokens_F = torch.zeros(config.width, dtype=torch.long, device=device)
         self.ever_fired_F = torch.zeros(config.width, dtype=torch.bool, device=device)
         self.p, self.p_scale = 1.0, 1.0
+        self.share = 1.0
+        """Of the last step's activations, how many fired."""
         self.step_number = 0
         self._neighbors: tuple[int, Tensor] | None = None
 
@@ -170,6 +174,7 @@ class Run(Generic[Config]):
         For batch-top-k it is the batch's smallest, for the others the mean over tokens of each token's smallest.
         """
         self.silent_tokens_F += batch
+        self.share = l0(acts).item() / self.config.width
         fired_F = fired(acts)
         self.silent_tokens_F[fired_F] = 0
         self.ever_fired_F |= fired_F
@@ -178,6 +183,11 @@ class Run(Generic[Config]):
             if self.step_number > self.threshold_start:
                 moved = self.threshold.lerp(self.smallest, 1 - self.threshold_decay)
                 self.threshold = torch.where(self.threshold < 0, self.smallest, moved)
+
+    @property
+    def sparse_pays(self) -> bool:
+        """Whether a method without a fixed K is better off on the sparse path: few fired in the last step."""
+        return self.share < SPARSE_BELOW
 
     @property
     def dead_F(self) -> Tensor:
@@ -205,14 +215,14 @@ class Run(Generic[Config]):
         return ramp(self.step_number, min(2000, self.train.steps // 10) if given is None else given)
 
     @torch.no_grad()
-    def annealed_p(self, acts_BF: Tensor) -> tuple[float, float]:
+    def annealed_p(self, acts: Acts) -> tuple[float, float]:
         """p of this step, and the factor that keeps the term from jumping where p does (arXiv 2408.00113)."""
         at = self.step_number / self.train.steps
         done = (at - self.config.anneal_from) / (self.config.anneal_to - self.config.anneal_from)
         stage = min(max(int(done * 10) + 1, 0), 10) if done >= 0 else 0
         p = 1 - (1 - self.config.p_end) * stage / 10
         if p != self.p:
-            before, after = lp(acts_BF, self.p), lp(acts_BF, p)
+            before, after = lp(acts, self.p), lp(acts, p)
             self.p_scale *= (before / after).item() if after > 0 else 1.0
             self.p = p
         return self.p, self.p_scale
