@@ -15,10 +15,13 @@ from typing import Any
 import torch
 
 from c2r.config import TrainConfig
-from c2r.data.synthetic import Tree
+from c2r.data.features import known_features
+from c2r.data.stream import SyntheticStream
+from c2r.data.synthetic import KnownFeatures
 from c2r.eval.core import Fidelity
 from c2r.eval.splitting import Cofiring
 from c2r.methods import METHODS
+from c2r.presets import preset
 from c2r.train.run import Run
 
 # What each method needs to reach about the tree's own L0; everything else is its default.
@@ -32,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def train_and_measure(
-    method: str, c2r: dict[str, Any] | None, steps: int, tree: Tree, batch: int = 512
+    method: str, c2r: dict[str, Any] | None, steps: int, tree: KnownFeatures, batch: int = 512
 ) -> dict[str, float]:
     """One SAE, trained and evaluated."""
     settings = SETTINGS.get(method, {"k": round(tree.mean_l0)})
@@ -40,11 +43,11 @@ def train_and_measure(
         {"name": method, "width": tree.features, "dead_after_tokens": 100 * batch, "c2r": c2r, **settings}
     )
     run = Run(config, TrainConfig(tokens=steps * batch, batch=batch, lr=3e-3, precision="float32"), tree.d_in)
-    generator, scale = torch.Generator().manual_seed(1), tree.scale()
-    for _ in range(steps):
-        run.step(tree.sample(batch, generator).x_BD / scale)
+    stream = SyntheticStream(tree, seed=1)
+    for x_BD in stream.batches(batch, steps * batch):
+        run.step(x_BD)
     sae = run.export()
-    x = tree.sample(20_000, torch.Generator().manual_seed(2)).x_BD / scale
+    x = next(tree.held_out(20_000, batch=20_000)).x_BD / stream.scale
     with torch.no_grad():
         acts = sae.encode(x)
         fidelity, pairs = Fidelity(sae.width, sae.d_in), Cofiring(sae.W_dec)
@@ -67,7 +70,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(2)
-    tree, rows = Tree(), []
+    tree, rows = known_features(preset("tree")), []
     for method in args.methods:
         for c2r in (None, {"strength": args.strength}):
             rows.append({"method": method, "c2r": bool(c2r), **train_and_measure(method, c2r, args.steps, tree)})

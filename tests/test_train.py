@@ -19,7 +19,7 @@ from c2r.loss.terms import Encoded, Forward, aux_k
 from c2r.methods import BatchTopKConfig, ConsistencyConfig
 from c2r.neighbors import nearest_neighbors
 from c2r.sae.base import SAE
-from c2r.train import trainer
+from c2r.train import source, trainer
 from c2r.train.optim import geometric_median, learning_rate_factor
 from c2r.train.run import Run
 from c2r.train.trainer import train
@@ -304,7 +304,7 @@ def test_refusals_come_before_the_model_is_loaded(
     def loaded(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(trainer, "load_language_model", loaded)
+    monkeypatch.setattr(source, "load_language_model", loaded)
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.tex").write_text("all my work")

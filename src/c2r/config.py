@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from c2r.methods import METHODS, AnySAE, ConsistencyConfig, Frozen, Positive, SAEConfig, Share, TopKConfig
+from c2r.presets import PRESETS, SyntheticConfig, of_preset
 
 Hook = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
 
@@ -52,6 +53,20 @@ class DataConfig(Frozen):
         if self.source == "stdlib" and self.path:
             raise ValueError(f"path: got {self.path!r}; source 'stdlib' takes none (did you mean source: files?)")
         return self
+
+
+def _of_its_source(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if value.get("source") == "synthetic":
+        return of_preset(value)
+    if value.get("source", "stdlib") not in ("stdlib", "files", "hf"):
+        raise ValueError(f"source: got {value['source']!r}; accepted are stdlib, files, hf, synthetic")
+    return DataConfig.model_validate(value)
+
+
+AnyData = Annotated[SerializeAsAny[DataConfig | SyntheticConfig], BeforeValidator(_of_its_source)]
+"""What activations are made of: text that a language model reads, or, with source synthetic, known features."""
 
 
 class StreamConfig(Frozen):
@@ -94,7 +109,7 @@ class RunConfig(Frozen):
     output: Path
     seed: int = 0
     model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
+    data: AnyData = DataConfig()
     stream: StreamConfig = StreamConfig()
     train: TrainConfig
     saes: Annotated[list[AnySAE], Field(min_length=1)]
@@ -105,7 +120,10 @@ class RunConfig(Frozen):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"saes: the names {twice} occur more than once; each SAE needs its own folder")
-        if self.stream.buffer_tokens < self.train.batch:
+        unused = sorted({"model", "stream"} & self.model_fields_set) if isinstance(self.data, SyntheticConfig) else []
+        if unused:
+            raise ValueError(f"{unused[0]}: given, but source 'synthetic' makes its activations without; leave it out")
+        if not isinstance(self.data, SyntheticConfig) and self.stream.buffer_tokens < self.train.batch:
             raise ValueError(
                 f"stream.buffer_tokens: got {self.stream.buffer_tokens}, less than train.batch {self.train.batch}"
             )
@@ -180,6 +198,8 @@ def _fields_at(location: tuple[int | str, ...], raw: dict[str, Any]) -> list[str
     if location[:1] == ("saes",):
         method = raw["saes"][location[1]].get("method", "batch_top_k")
         sections["saes"] = METHODS.get(method, SAEConfig)
+    if location[:1] == ("data",) and raw["data"].get("source") == "synthetic":
+        sections["data"] = PRESETS[raw["data"]["preset"]]
     named = [part for part in location if part in sections]
     fields = (sections[named[-1]] if named else RunConfig).model_fields
     return [field.alias or name for name, field in fields.items()]

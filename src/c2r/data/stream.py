@@ -1,4 +1,4 @@
-"""Activations as SAEs want them: filtered, of unit mean square norm, shuffled, in batches.
+"""Activations as SAEs want them: filtered, of unit mean square norm, shuffled, in batches; or with known features.
 
 B tokens in a batch · D width of the activations · N tokens in the buffer.
 """
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from c2r.config import StreamConfig
 from c2r.data.harvest import LanguageModel
+from c2r.data.synthetic import KnownFeatures
 from c2r.data.tokens import Rows
 
 CALIBRATION_TOKENS = 65_536
+_CALIBRATION_SEED, _BLOCK = 2_000_003, 8192
 
 
 class ActivationStream:
@@ -105,3 +107,36 @@ class ActivationStream:
 def _real_activations(lm: LanguageModel, rows: Rows) -> Tensor:
     """Activations `[n, D]` of the rows' real tokens, on the CPU."""
     return lm.activations(rows.ids)[rows.real.to(lm.device)].cpu()
+
+
+class SyntheticStream:
+    """Batches of known features' activations, divided by `scale` = √(mean ‖x‖²), which is measured once.
+
+    The same face as `ActivationStream`. What is served depends on the seed and not on the size of batches.
+
+    Arguments:
+        features: what to draw from.
+        seed: of what is drawn.
+        device: where batches are delivered.
+    """
+
+    def __init__(self, features: KnownFeatures, *, seed: int = 0, device: str | torch.device = "cpu") -> None:
+        self.features, self.device = features, device
+        self.generator = torch.Generator().manual_seed(seed)
+        norms_N = features.sample(CALIBRATION_TOKENS, torch.Generator().manual_seed(_CALIBRATION_SEED)).x_BD.norm(dim=1)
+        self.median_norm = norms_N.median().item()
+        self.scale = norms_N.square().mean().sqrt().item()
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"data: the activations have mean square norm {self.scale}; nothing to scale")
+
+    def batches(self, batch: int, tokens: int) -> Iterator[Tensor]:
+        """`tokens` activations in batches `[B, D]`; the last may be short."""
+        held_ND = torch.empty(0, self.features.d_in)
+        while tokens > 0:
+            size = min(batch, tokens)
+            parts = [held_ND]
+            while sum(map(len, parts)) < size:
+                parts.append(self.features.sample(_BLOCK, self.generator).x_BD / self.scale)
+            held_ND = torch.cat(parts)
+            yield held_ND[:size].to(self.device)
+            held_ND, tokens = held_ND[size:], tokens - size

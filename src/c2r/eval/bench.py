@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
@@ -152,14 +152,28 @@ class Bench:
         return {"x": x, "ids": ids, "row": row, "position": position}
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What an evaluation without a language model gets in place of a bench."""
+
+    tokens: int
+    seed: int
+    console: Console
+
+
+Place = TypeVar("Place", Bench, Setting)
 Evaluation = Callable[[Bench, dict[str, SAE]], Iterator[Outcome]]
 """Yields each SAE's outcome as soon as it is there, so that it can be written before the next one fails."""
+ModelFree = Callable[[Setting, dict[str, SAE]], Iterator[Outcome]]
+"""The same for an evaluation that reads SAEs, and data that their own folders name, without a language model."""
 
 
-def each(evaluation: str, one: Callable[[Bench, str, SAE], Outcome]) -> Evaluation:
+def each(
+    evaluation: str, one: Callable[[Place, str, SAE], Outcome]
+) -> Callable[[Place, dict[str, SAE]], Iterator[Outcome]]:
     """An evaluation that takes SAEs one by one; the failure of one is its outcome and stops no other."""
 
-    def run(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
+    def run(bench: Place, saes: dict[str, SAE]) -> Iterator[Outcome]:
         for name, sae in saes.items():
             try:
                 yield one(bench, name, sae)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,20 @@ from rich.markup import escape
 from c2r.config import DataConfig, ModelConfig
 from c2r.data.harvest import load_language_model, pick_device
 from c2r.data.tokens import check_source
-from c2r.eval.bench import Bench, Cache, Evaluation
+from c2r.eval.bench import Bench, Cache, Evaluation, ModelFree, Outcome, Setting
 from c2r.eval.core import run_core
+from c2r.eval.recovery import run_recovery
 from c2r.eval.results import write_result
 from c2r.eval.splitting import run_splitting
+from c2r.eval.stability import run_stability
 from c2r.interop.saelens import load_sae
 from c2r.sae.base import SAE
 
 Summary = dict[str, float | None]
 SUITES: dict[str, Evaluation] = {"core": run_core, "splitting": run_splitting}
 """Name on the command line → evaluation. A new evaluation is a function and a row."""
+MODEL_FREE: dict[str, ModelFree] = {"recovery": run_recovery, "stability": run_stability}
+"""The same for those that need no language model; where no other is asked for, none is loaded."""
 
 
 def evaluate(
@@ -45,7 +51,7 @@ def evaluate(
     Arguments:
         folders: SAE folders, c2r's or SAELens's.
         out: where result files go; None: `evaluations/` beside each SAE folder.
-        suites: names in `SUITES`.
+        suites: names in `SUITES` and `MODEL_FREE`.
         model: name of the language model; None: the one each SAE was trained on.
         data: settings of the text (`DataConfig`) that replace those of training. For `stdlib` the held-out part is
             read; other sources have none, which is said.
@@ -63,8 +69,8 @@ def evaluate(
     """
     console = console or Console(stderr=True)
     for suite in suites:
-        if suite not in SUITES:
-            raise ValueError(f"--suite: got {suite!r}; accepted are {', '.join(SUITES)}")
+        if suite not in SUITES | MODEL_FREE:
+            raise ValueError(f"--suite: got {suite!r}; accepted are {', '.join(SUITES | MODEL_FREE)}")
     if tokens < 1:
         raise ValueError(f"--tokens: got {tokens}; accepted are whole numbers ≥ 1")
     if not folders:
@@ -72,18 +78,22 @@ def evaluate(
     chosen_device = pick_device(device)
     names = _names(folders)
     saes = {name: load_sae(folder).to(chosen_device) for name, folder in names.items()}
-    bench = _bench(saes, model, data or {}, tokens, seed, chosen_device, trust_remote_code, cache, console)
-    settings = {
-        "model": bench.model.model_dump(mode="json"),
-        "data": bench.data.model_dump(mode="json"),
-        "held_out": bench.data.source == "stdlib",
-        "tokens": tokens,
-        "seed": seed,
+    settings: dict[str, Any] = {"tokens": tokens, "seed": seed}
+    runs: dict[str, Callable[[dict[str, SAE]], Iterator[Outcome]]] = {
+        suite: partial(run, Setting(tokens, seed, console)) for suite, run in MODEL_FREE.items()
     }
+    if not set(suites) <= set(MODEL_FREE):
+        bench = _bench(saes, model, data or {}, tokens, seed, chosen_device, trust_remote_code, cache, console)
+        settings |= {
+            "model": bench.model.model_dump(mode="json"),
+            "data": bench.data.model_dump(mode="json"),
+            "held_out": bench.data.source == "stdlib",
+        }
+        runs |= {suite: partial(run, bench) for suite, run in SUITES.items()}
     summaries: dict[str, Summary] = {name: {} for name in names}
     failed: list[str] = []
     for suite in suites:
-        for outcome in SUITES[suite](bench, saes):
+        for outcome in runs[suite](saes):
             if outcome.error is not None:
                 failed.append(f"{outcome.sae}, {outcome.evaluation}: {outcome.error}")
                 console.print(f"[red]{escape(failed[-1])}[/]")
@@ -144,6 +154,11 @@ def model_of(config: dict[str, Any], name: str | None, trust_remote_code: bool =
         ValueError: the file says neither in our words nor in SAELens's.
     """
     trust = {"trust_remote_code": trust_remote_code}
+    if "c2r" in config and config["c2r"]["model"] is None:
+        raise ValueError(
+            "the SAE was trained on known features and reads no language model; "
+            f"--suite: accepted are {', '.join(MODEL_FREE)}"
+        )
     if "c2r" in config:
         given = ModelConfig.model_validate(config["c2r"]["model"] | trust)
         return given if name is None else given.model_copy(update={"name": name, "revision": None})

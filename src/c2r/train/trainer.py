@@ -14,16 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from c2r.config import RunConfig
-from c2r.data.harvest import LanguageModel, load_language_model, pick_device
-from c2r.data.stream import ActivationStream
-from c2r.data.tokens import check_source, packed_rows
-from c2r.interop.saelens import hook_name, save_sae
+from c2r.data.harvest import pick_device
+from c2r.interop.saelens import save_sae
 from c2r.methods import RESERVED, SAEConfig
 from c2r.penalty import lambda_of_strength, strength_of_lambda
 from c2r.sae.base import SAE
 from c2r.train.log import RunLog
 from c2r.train.memory import keep_freed_memory
 from c2r.train.run import Run
+from c2r.train.source import Source, Stream, check_data, open_source
 from c2r.train.start import check_start, starting_weights
 
 RUN_FILE, METRICS_FILE = "run.yaml", "metrics.jsonl"
@@ -42,18 +41,14 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
             something else, or activations or losses that are not finite.
     """
     console = console or Console(stderr=True)
-    check_source(config.data)
+    check_data(config.data)
     starts = {sae.name: check_start(sae) for sae in config.saes}
     check_output(config.output, overwrite)
     device = pick_device(config.train.device)
     keep_freed_memory()
-    lm = load_language_model(config.model, device)
-    check_context(config, lm)
-    # Text is read as often as the configured tokens ask for, each pass in another order.
-    rows = packed_rows(config.data, lm.tokenizer, seed=config.seed, rows=config.stream.rows, epochs=None)
-    console.print(f"model {config.model.name}, {hook_name(config.model.layer, config.model.hook)}, width {lm.d_in}")
-    stream = ActivationStream(lm, rows, config.stream, seed=config.seed, device=device)
-    runs = [_new_run(sae, starts[sae.name], config, lm.d_in, stream.scale, device) for sae in config.saes]
+    source = open_source(config, device, console)
+    stream = source.stream
+    runs = [_new_run(sae, starts[sae.name], config, source.d_in, stream.scale, device) for sae in config.saes]
     _prepare_output(config)
     state: dict[str, Any] = {"tokens": 0, "stopped": None, "scale": stream.scale, "median_norm": stream.median_norm}
     with RunLog(config.output / METRICS_FILE, config.train.tokens, config.train.log_every, console) as log:
@@ -64,13 +59,13 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
         except BaseException as error:
             state["stopped"] = f"{type(error).__name__}: {error}".rstrip(": ")
             console.print(f"[yellow]stopped after {state['tokens']:,} of {config.train.tokens:,} tokens; saving[/]")
-            _save_what_can_be(runs, config, lm, state, console)
+            _save_what_can_be(runs, config, source, state, console)
             raise
-    return {run.config.name: _save(run, config, lm, state, console) for run in runs}
+    return {run.config.name: _save(run, config, source, state, console) for run in runs}
 
 
 def _steps(
-    runs: list[Run[Any]], stream: ActivationStream, config: RunConfig
+    runs: list[Run[Any]], stream: Stream, config: RunConfig
 ) -> Iterator[tuple[int, Run[Any], dict[str, torch.Tensor]]]:
     """Every SAE's step on every batch, with the tokens seen so far."""
     done = 0
@@ -84,19 +79,6 @@ def _steps(
                     f"a lower train.lr (now {config.train.lr}) may help"
                 )
             yield done, run, measured
-
-
-def check_context(config: RunConfig, lm: LanguageModel) -> None:
-    """Refuse rows longer than the model can read.
-
-    Raises:
-        ValueError: names the field and the limit.
-    """
-    positions = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and config.data.context > positions:
-        raise ValueError(
-            f"data.context: got {config.data.context}; {config.model.name} reads at most {positions} tokens"
-        )
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -140,28 +122,22 @@ def _prepare_output(config: RunConfig) -> None:
 
 
 def _save_what_can_be(
-    runs: list[Run[Any]], config: RunConfig, lm: LanguageModel, state: dict[str, Any], console: Console
+    runs: list[Run[Any]], config: RunConfig, source: Source, state: dict[str, Any], console: Console
 ) -> None:
     """Save each SAE that is whole; one that is not does not keep the others from it."""
     for run in runs:
         try:
-            _save(run, config, lm, state, console)
+            _save(run, config, source, state, console)
         except ValueError as error:
             console.print(f"[yellow]{escape(str(error))}[/]")
 
 
-def _save(run: Run[Any], config: RunConfig, lm: LanguageModel, state: dict[str, Any], console: Console) -> Path:
+def _save(run: Run[Any], config: RunConfig, source: Source, state: dict[str, Any], console: Console) -> Path:
     folder = config.output / run.config.name
-    metadata = {
-        "model_name": config.model.name,
-        "hook_name": hook_name(config.model.layer, config.model.hook),
-        "context_size": config.data.context,
-        "prepend_bos": lm.tokenizer.bos_token_id is not None,
-        "dataset_path": config.data.path or config.data.source,
-        "training_architecture": run.config.method,
-    }
+    metadata = source.metadata | {"training_architecture": run.config.method}
     ours = {
-        "model": config.model.model_dump(mode="json"),
+        "model": source.model,
+        "seed": config.seed,
         "data": config.data.model_dump(mode="json"),
         "train": config.train.model_dump(mode="json"),
         "sae": run.config.model_dump(mode="json", by_alias=True),

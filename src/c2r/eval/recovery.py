@@ -1,0 +1,178 @@
+"""How well an SAE trained on known features found them.
+
+"Nearest" is by signed cosine of decoder rows and true directions; only the matching takes |cos|, as EVALS has it. SAEs
+are read in their inference form, on fresh activations of the preset they were trained on.
+
+D width of the activations · F latents · G features · P parents · n tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from c2r.data.features import known_features
+from c2r.data.synthetic import KnownFeatures, Sample
+from c2r.eval.bench import Outcome, Setting, each
+from c2r.eval.core import Fidelity
+from c2r.eval.stability import matched_cosine
+from c2r.presets import SyntheticConfig, of_preset
+from c2r.sae.base import SAE
+
+ABSORBED_SHARE = 0.4
+"""Of the parent's activation that another latent must supply."""
+SPLIT_COSINE = 0.7
+"""Above which a latent stands for its nearest feature."""
+_SHOWN = {"absorption": "known_absorption", "f1": "feature_f1"}
+"""Names in the table, where absorption on a language model may stand beside."""
+
+
+class Recovery:
+    """Counts over tokens that give every figure of one SAE on known features."""
+
+    def __init__(self, sae: SAE, features: KnownFeatures) -> None:
+        self.sae, self.features = sae, features
+        self.device = sae.W_dec.device
+        self.cosine_FG = F.normalize(sae.W_dec.detach(), dim=1) @ features.directions_GD.to(self.device).T
+        self.feature_F = self.cosine_FG.argmax(1)
+        """Each latent's nearest feature."""
+        self.parents_P = features.parents.to(self.device)
+        self.latent_P = self.cosine_FG[:, self.parents_P].argmax(0)
+        """Each parent's nearest latent."""
+        # Over tokens: how often a latent fires, its feature is on, both.
+        self.fires_F, self.on_F, self.both_F = (self._zeros(sae.width) for _ in range(3))
+        # Of each parent, without and with a child on: how often it is on, and its latent fires then.
+        self.on_2P, self.detected_2P = (self._zeros(2, len(self.parents_P)) for _ in range(2))
+        self.absorbed_P = self._zeros(len(self.parents_P))
+        self.fidelity = Fidelity(sae.width, sae.d_in)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.long, device=self.device)
+
+    @torch.no_grad()
+    def add(self, sample: Sample) -> None:
+        """Count one batch of tokens."""
+        x_nD, z_nG = sample.x_BD.to(self.device), sample.z_BG.to(self.device)
+        acts_nF = self.sae.encode(x_nD)
+        self.fidelity.add(x_nD, self.sae.decode(acts_nF), acts_nF)
+        fires_nF, on_nG = acts_nF != 0, z_nG > 0
+        on_nF = on_nG[:, self.feature_F]
+        self.fires_F += fires_nF.sum(0)
+        self.on_F += on_nF.sum(0)
+        self.both_F += (fires_nF & on_nF).sum(0)
+
+        on_nP, fires_nP = on_nG[:, self.parents_P], fires_nF[:, self.latent_P]
+        child_nP = self._with_child(on_nG)
+        for row, where_nP in enumerate((on_nP & ~child_nP, on_nP & child_nP)):
+            self.on_2P[row] += where_nP.sum(0)
+            self.detected_2P[row] += (where_nP & fires_nP).sum(0)
+        missed_nP = on_nP & child_nP & ~fires_nP
+        for at, parent in enumerate(self.parents_P.tolist()):
+            missed_n = missed_nP[:, at]
+            supplied_mF = acts_nF[missed_n] * self.cosine_FG[:, parent]
+            enough_m1 = ABSORBED_SHARE * z_nG[missed_n, parent, None]
+            self.absorbed_P[at] += (supplied_mF >= enough_m1).any(1).sum()
+
+    def _with_child(self, on_nG: Tensor) -> Tensor:
+        """Whether a child of each parent is on, bool `[n, P]`."""
+        parent_G = self.features.parent_G.to(self.device)
+        born_C = (parent_G >= 0).nonzero().squeeze(1)
+        counts_nG = torch.zeros_like(on_nG, dtype=torch.int).index_add_(1, parent_G[born_C], on_nG[:, born_C].int())
+        return counts_nG[:, self.parents_P] > 0
+
+    @property
+    def f1_F(self) -> Tensor:
+        """F1 of each latent as a detector of its nearest feature; 0 for dead ones."""
+        return 2 * self.both_F / (self.fires_F + self.on_F).clamp(min=1)
+
+    @property
+    def absorption_P(self) -> Tensor:
+        """Of the tokens with a parent and a child of it on, the share on which the parent's latent is silent and some
+        other supplies `ABSORBED_SHARE` of the parent's activation or more; NaN for parents never on with a child.
+        """
+        return self.absorbed_P / self.on_2P[1]
+
+    @property
+    def hole_P(self) -> Tensor:
+        """Recall of a parent by its latent without a child on, less that with one; NaN where one never happens."""
+        alone_P, joint_P = self.detected_2P / self.on_2P
+        return alone_P - joint_P
+
+    @property
+    def latents_G(self) -> Tensor:
+        """How many latents stand for each feature: they fire, have it nearest, and a cosine over `SPLIT_COSINE`."""
+        standing_F = (self.fires_F > 0) & (self.cosine_FG.amax(1) > SPLIT_COSINE)
+        return torch.bincount(self.feature_F[standing_F], minlength=self.features.features)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over latents, features or parents; NaN over none."""
+        return {
+            "mcc": matched_cosine(self.sae.W_dec, self.features.directions_GD),
+            "uniqueness": len(self.feature_F.unique()) / self.sae.width,
+            "f1": self.f1_F.mean().item(),
+            "absorption": self.absorption_P.nanmean().item(),
+            "hole": self.hole_P.nanmean().item(),
+            "latents_per_feature": self.latents_G.float().mean().item(),
+            "latents_per_parent": self.latents_G[self.parents_P].float().mean().item(),
+        }
+
+    def details(self) -> list[dict[str, Any]]:
+        """Each parent's figures."""
+        columns = {
+            "feature": self.parents_P,
+            "latent": self.latent_P,
+            "cosine": self.cosine_FG[self.latent_P, self.parents_P],
+            "absorption": self.absorption_P,
+            "hole": self.hole_P,
+            "latents": self.latents_G[self.parents_P],
+        }
+        return [
+            dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()), strict=True)
+        ]
+
+
+def preset_of(config: dict[str, Any]) -> SyntheticConfig:
+    """The preset that an SAE was trained on, from its `cfg.json`.
+
+    Raises:
+        ValueError: it was trained on something else.
+    """
+    data = config.get("c2r", {}).get("data", {})
+    if data.get("source") != "synthetic":
+        raise ValueError(
+            "recovery needs an SAE trained on known features (c2r train, data: {source: synthetic}); this one was "
+            f"trained on {data.get('path') or data.get('source') or 'what its cfg.json does not say'}"
+        )
+    return of_preset(data)
+
+
+def evaluate_recovery(setting: Setting, name: str, sae: SAE) -> Outcome:
+    """Recovery of the features that the SAE was trained on, with fidelity beside it."""
+    config = preset_of(sae.config)
+    features = known_features(config)
+    found = Recovery(sae, features)
+    for sample in features.held_out(setting.tokens, setting.seed):
+        found.add(sample)
+    recovery, fidelity = found.metrics(), found.fidelity.metrics()
+    beside = {
+        "ev": fidelity["explained_variance"],
+        "l0": fidelity["l0"],
+        "true_l0": features.mean_l0,
+        "alive": fidelity["frac_alive"],
+        # Of means: a token without any feature has norm 0, which no mean of ratios survives.
+        "l2_ratio": fidelity["l2_norm_out"] / fidelity["l2_norm_in"],
+    }
+    return Outcome(
+        name,
+        "recovery",
+        {"recovery": recovery, "fidelity": beside},
+        {**beside, **{_SHOWN.get(key, key): value for key, value in recovery.items()}},
+        config={"data": config.model_dump(mode="json")},
+        details=found.details(),
+    )
+
+
+run_recovery = each("recovery", evaluate_recovery)

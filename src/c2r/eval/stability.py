@@ -1,0 +1,100 @@
+"""Whether SAEs that differ in their seed alone find the same latents (PW-MCC), beside what random dictionaries give.
+
+Two dictionaries are paired latent by latent so that the sum of |cos| of decoder rows is largest (Hungarian matching),
+and the mean |cos| of the pairs is their figure. All latents count, dead ones too: a dead row has stayed near where
+chance put it, and pulls the figure towards the random one.
+
+D width of the activations · F, G rows of two dictionaries.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.markup import escape
+from torch import Tensor
+from torch.nn import functional as F
+
+from c2r.eval.bench import Outcome, Setting
+from c2r.sae.base import SAE
+
+LARGEST, SAMPLED = 8192, 2048
+"""Of a dictionary with more latents than the first, so many random ones are matched with all of the other."""
+EVALUATION = "stability"
+
+
+@torch.no_grad()
+def matched_cosine(a_FD: Tensor, b_GD: Tensor) -> float:
+    """Mean |cos| over the pairing of rows with the largest sum of it; min(F, G) pairs, each row in one at most."""
+    from scipy.optimize import linear_sum_assignment
+
+    cosine_FG = (F.normalize(a_FD.float(), dim=1) @ F.normalize(b_GD.float(), dim=1).T).abs().cpu().numpy()
+    return float(cosine_FG[linear_sum_assignment(cosine_FG, maximize=True)].mean())
+
+
+def agreement(a_FD: Tensor, b_FD: Tensor, seed: int = 0) -> float:
+    """`matched_cosine` of two dictionaries; beyond `LARGEST` rows an estimate from above, since fewer rows compete."""
+    if len(a_FD) > LARGEST:
+        a_FD = a_FD[torch.randperm(len(a_FD), generator=torch.Generator().manual_seed(seed))[:SAMPLED].to(a_FD.device)]
+    return matched_cosine(a_FD, b_FD)
+
+
+def random_agreement(width: int, d_in: int, seed: int = 0) -> float:
+    """`agreement` of two random dictionaries of that shape."""
+    generator = torch.Generator().manual_seed(seed)
+    a_FD, b_FD = torch.randn(2, width, d_in, generator=generator)
+    return agreement(a_FD, b_FD, seed)
+
+
+def run_stability(setting: Setting, saes: dict[str, SAE]) -> Iterator[Outcome]:
+    """Each SAE's mean agreement with the others, and the random floor."""
+    names = list(saes)
+    shapes = {name: (sae.width, sae.d_in) for name, sae in saes.items()}
+    if len(names) < 2 or len(set(shapes.values())) > 1:
+        fault = f"stability compares two or more SAEs of one shape that differ in their seed; got [F, D] of {shapes}"
+        yield from (Outcome(name, EVALUATION, error=fault) for name in names)
+        return
+    for doubt in doubts([sae.config for sae in saes.values()]):
+        setting.console.print(f"[yellow]stability: {escape(doubt)}[/]")
+    floor = random_agreement(*shapes[names[0]], setting.seed)
+    agreement_SS = torch.eye(len(names))
+    for i, j in itertools.combinations(range(len(names)), 2):
+        found = agreement(saes[names[i]].W_dec, saes[names[j]].W_dec, setting.seed)
+        agreement_SS[i, j] = agreement_SS[j, i] = found
+    for i, name in enumerate(names):
+        others = {names[j]: agreement_SS[i, j].item() for j in range(len(names)) if j != i}
+        mean = sum(others.values()) / len(others)
+        yield Outcome(
+            name,
+            EVALUATION,
+            {"stability": {"pw_mcc": mean, "random": floor, "saes": len(names)}},
+            {"pw_mcc": mean, "pw_mcc_random": floor},
+            config={"sampled_latents": SAMPLED if shapes[name][0] > LARGEST else None},
+            details=[{"with": other, "pw_mcc": value} for other, value in others.items()],
+        )
+
+
+def doubts(configs: list[dict[str, Any]]) -> list[str]:
+    """Why a comparison of SAEs with these `cfg.json` may say little about seeds."""
+    found = []
+    if len(configs) < 3:
+        found.append(f"{len(configs)} SAEs; 3 seeds or more are recommended")
+    ours = [config["c2r"] for config in configs if "c2r" in config]
+    seeds = [one.get("seed") if one["sae"].get("seed") is None else one["sae"]["seed"] for one in ours]
+    if len(set(seeds)) < len(seeds):
+        found.append(f"initialised with the seeds {seeds}; SAEs of one seed start alike, and agree for that reason")
+    settings = [{part: dict(one.get(part) or {}) for part in ("model", "data", "train", "sae")} for one in ours]
+    differing = sorted(
+        f"{part}.{key}"
+        for part in ("model", "data", "train", "sae")
+        for key in set().union(*(one[part] for one in settings))
+        if len({json.dumps(one[part].get(key), sort_keys=True) for one in settings}) > 1
+    )
+    differing = [key for key in differing if key not in ("sae.name", "sae.seed", "train.device", "train.log_every")]
+    if differing:
+        found.append(f"the SAEs differ in {', '.join(differing)} too, not in the seed alone")
+    return found
