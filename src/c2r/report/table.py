@@ -29,6 +29,8 @@ ROWS = (
     Row("ce_recovered", "CE recovered", ".4f"),
     Row("l0", "L0 (learned threshold)", ".1f"),
     Row("alive", "alive latents", ".3f"),
+    Row("autointerp", "autointerp (share of windows judged right)", ".3f"),
+    Row("autointerp_balanced", "autointerp, balanced (0.5 is chance)", ".3f"),
     Row("neighbor_phi", "nearest neighbours' co-firing φ, mean", ".3f"),
     Row("max_cos_mean", "nearest-neighbour cosine, mean *", ".3f"),
     Row("max_cos_p99", "nearest-neighbour cosine, 99th percentile *", ".3f"),
