@@ -58,6 +58,11 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     trust_remote_code: bool = False,
+    judge_url: str | None = None,
+    judge_model: str | None = None,
+    judge_latents: int = 100,
+    judge_options: str | None = None,
+    max_requests: int | None = None,
 ) -> None:
     """Evaluate SAE folders, c2r's or SAELens's: one JSON an evaluation and SAE, and a table.
 
@@ -75,7 +80,13 @@ def evaluate(
         seed: Order of the text.
         device: auto, cpu, cuda, cuda:1…
         trust_remote_code: Let code that the model brings run.
+        judge_url: For autointerp: base address of an OpenAI-compatible endpoint; its key in $C2R_JUDGE_KEY.
+        judge_model: For autointerp: the judge's name at the endpoint.
+        judge_latents: For autointerp: latents of each SAE, two requests each.
+        judge_options: For autointerp: further fields of a request as a JSON object, such as '{"temperature": 0}'.
+        max_requests: For autointerp: refuse, before the first request, what would take more.
     """
+    from c2r.eval.judge import judge_of
     from c2r.eval.suite import evaluate as evaluate_saes
     from c2r.report.table import print_results
 
@@ -93,6 +104,7 @@ def evaluate(
         seed=seed,
         device=device,
         trust_remote_code=trust_remote_code,
+        judge=judge_of(judge_url, judge_model, judge_latents, judge_options, max_requests),
     )
     print_results(results)
     print(f"results: {out or ', '.join(sorted({str(folder.parent / 'evaluations') for folder in saes}))}")

@@ -25,6 +25,7 @@ from torch import Tensor
 from c2r.config import DataConfig, ModelConfig
 from c2r.data.harvest import LanguageModel
 from c2r.data.tokens import Rows, packed_rows
+from c2r.eval.judge import JudgeConfig
 from c2r.eval.results import Metrics
 from c2r.sae.base import SAE
 
@@ -102,6 +103,8 @@ class Bench:
     seed: int
     cache: Cache
     console: Console
+    judge: JudgeConfig | None = None
+    """Who is asked by evaluations that ask a language model over the network."""
 
     @property
     def model_key(self) -> dict[str, Any]:

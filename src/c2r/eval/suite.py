@@ -16,8 +16,10 @@ from rich.markup import escape
 from c2r.config import DataConfig, ModelConfig
 from c2r.data.harvest import load_language_model, pick_device
 from c2r.data.tokens import check_source
+from c2r.eval.autointerp import NEEDED, run_autointerp
 from c2r.eval.bench import Bench, Cache, Evaluation, ModelFree, Outcome, Setting
 from c2r.eval.core import run_core
+from c2r.eval.judge import JudgeConfig
 from c2r.eval.recovery import run_recovery
 from c2r.eval.results import write_result
 from c2r.eval.splitting import run_splitting
@@ -26,7 +28,7 @@ from c2r.interop.saelens import load_sae
 from c2r.sae.base import SAE
 
 Summary = dict[str, float | None]
-SUITES: dict[str, Evaluation] = {"core": run_core, "splitting": run_splitting}
+SUITES: dict[str, Evaluation] = {"core": run_core, "splitting": run_splitting, "autointerp": run_autointerp}
 """Name on the command line → evaluation. A new evaluation is a function and a row."""
 MODEL_FREE: dict[str, ModelFree] = {"recovery": run_recovery, "stability": run_stability}
 """The same for those that need no language model; where no other is asked for, none is loaded."""
@@ -44,6 +46,7 @@ def evaluate(
     device: str = "auto",
     trust_remote_code: bool = False,
     cache: Path | None = None,
+    judge: JudgeConfig | None = None,
     console: Console | None = None,
 ) -> dict[str, Summary]:
     """Evaluate SAEs that read the same hook point; every result is on disk as soon as it is known.
@@ -58,6 +61,7 @@ def evaluate(
         tokens: real tokens to evaluate on.
         trust_remote_code: whether code that a model brings may run; an SAE's own word on that is not taken.
         cache: folder for activations; None: `$C2R_CACHE`, or `c2r` in the user's cache folder.
+        judge: whom autointerp asks.
 
     Returns:
         What the table shows of each SAE, by name.
@@ -71,6 +75,8 @@ def evaluate(
     for suite in suites:
         if suite not in SUITES | MODEL_FREE:
             raise ValueError(f"--suite: got {suite!r}; accepted are {', '.join(SUITES | MODEL_FREE)}")
+    if "autointerp" in suites and judge is None:
+        raise ValueError(NEEDED)
     if tokens < 1:
         raise ValueError(f"--tokens: got {tokens}; accepted are whole numbers ≥ 1")
     if not folders:
@@ -84,6 +90,7 @@ def evaluate(
     }
     if not set(suites) <= set(MODEL_FREE):
         bench = _bench(saes, model, data or {}, tokens, seed, chosen_device, trust_remote_code, cache, console)
+        bench.judge = judge
         settings |= {
             "model": bench.model.model_dump(mode="json"),
             "data": bench.data.model_dump(mode="json"),

@@ -39,6 +39,8 @@ ROWS = (
     Row("feature_f1", "F1 of latents as detectors", ".3f"),
     Row("pw_mcc", "PW-MCC with other seeds", ".3f"),
     Row("pw_mcc_random", "PW-MCC of random dictionaries", ".3f"),
+    Row("autointerp", "autointerp (share of windows judged right)", ".3f"),
+    Row("autointerp_balanced", "autointerp, balanced (0.5 is chance)", ".3f"),
     Row("neighbor_phi", "nearest neighbours' co-firing φ, mean", ".3f"),
     Row("max_cos_mean", "nearest-neighbour cosine, mean *", ".3f"),
     Row("max_cos_p99", "nearest-neighbour cosine, 99th percentile *", ".3f"),
