@@ -16,8 +16,8 @@ import torch
 
 from c2r.config import TrainConfig
 from c2r.data.synthetic import Tree
+from c2r.eval.cofiring import Cofiring
 from c2r.eval.core import Fidelity
-from c2r.eval.splitting import Cofiring
 from c2r.methods import METHODS
 from c2r.train.run import Run
 
