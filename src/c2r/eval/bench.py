@@ -102,6 +102,8 @@ class Bench:
     seed: int
     cache: Cache
     console: Console
+    probe_data: str | None = None
+    """Labelled texts for sparse probing: see `c2r.data.labelled.labelled_texts`; None: the standard library's."""
 
     @property
     def model_key(self) -> dict[str, Any]:

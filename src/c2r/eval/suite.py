@@ -13,16 +13,18 @@ from rich.markup import escape
 
 from c2r.config import DataConfig, ModelConfig
 from c2r.data.harvest import load_language_model, pick_device
+from c2r.data.labelled import check_labelled
 from c2r.data.tokens import check_source
 from c2r.eval.bench import Bench, Cache, Evaluation
 from c2r.eval.core import run_core
+from c2r.eval.probing import run_probing
 from c2r.eval.results import write_result
 from c2r.eval.splitting import run_splitting
 from c2r.interop.saelens import load_sae
 from c2r.sae.base import SAE
 
 Summary = dict[str, float | None]
-SUITES: dict[str, Evaluation] = {"core": run_core, "splitting": run_splitting}
+SUITES: dict[str, Evaluation] = {"core": run_core, "splitting": run_splitting, "probing": run_probing}
 """Name on the command line → evaluation. A new evaluation is a function and a row."""
 
 
@@ -38,6 +40,7 @@ def evaluate(
     device: str = "auto",
     trust_remote_code: bool = False,
     cache: Path | None = None,
+    probe_data: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Summary]:
     """Evaluate SAEs that read the same hook point; every result is on disk as soon as it is known.
@@ -52,6 +55,7 @@ def evaluate(
         tokens: real tokens to evaluate on.
         trust_remote_code: whether code that a model brings may run; an SAE's own word on that is not taken.
         cache: folder for activations; None: `$C2R_CACHE`, or `c2r` in the user's cache folder.
+        probe_data: labelled texts for "probing", a .jsonl file or a data set; None: the standard library's.
 
     Returns:
         What the table shows of each SAE, by name.
@@ -69,10 +73,13 @@ def evaluate(
         raise ValueError(f"--tokens: got {tokens}; accepted are whole numbers ≥ 1")
     if not folders:
         raise ValueError("no SAE folder given")
+    if probe_data is not None:
+        check_labelled(probe_data)
     chosen_device = pick_device(device)
     names = _names(folders)
     saes = {name: load_sae(folder).to(chosen_device) for name, folder in names.items()}
     bench = _bench(saes, model, data or {}, tokens, seed, chosen_device, trust_remote_code, cache, console)
+    bench.probe_data = probe_data
     settings = {
         "model": bench.model.model_dump(mode="json"),
         "data": bench.data.model_dump(mode="json"),
