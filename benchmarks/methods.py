@@ -18,8 +18,8 @@ from c2r.config import TrainConfig
 from c2r.data.features import known_features
 from c2r.data.stream import SyntheticStream
 from c2r.data.synthetic import KnownFeatures
+from c2r.eval.cofiring import Cofiring
 from c2r.eval.core import Fidelity
-from c2r.eval.splitting import Cofiring
 from c2r.methods import METHODS
 from c2r.presets import preset
 from c2r.train.run import Run

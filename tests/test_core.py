@@ -15,8 +15,6 @@ from c2r.data.tokens import Rows, packed_rows
 from c2r.eval.core import CoreResult, Fidelity, evaluate_core
 from c2r.eval.probes import f1_per_class, one_vs_rest_probe
 from c2r.eval.results import histogram, write_json
-from c2r.eval.splitting import Cofiring
-from c2r.neighbors import random_floor
 from c2r.sae.base import SAE
 from helpers import TEXT, tiny_tokenizer
 
@@ -172,43 +170,6 @@ def test_sae_bench_finds_every_key_it_requires(tiny_models: dict[str, Path], row
     assert set(result.core) == set(required)
     for category, keys in required.items():
         assert keys <= set(result.core[category])
-
-
-# Nearest neighbours
-
-
-def test_cofiring_by_hand() -> None:
-    decoder = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [-1.0, -1.0]])
-    fires = torch.zeros(8, 5)
-    fires[:4, 0] = fires[:4, 1] = 1.0  # always together: φ = 1
-    fires[:4, 2] = fires[4:, 3] = 1.0  # never together, one always on: φ = −1
-    counted = Cofiring(decoder)
-    for part in fires.split(3):
-        counted.add(part)
-    phi = counted.phi()
-    assert phi.tolist() == pytest.approx([1, 1, -1, -1])  # of alive latents
-    assert counted.metrics()["neighbor_phi_mean"] == pytest.approx(0)
-    cosine = 0.9 / math.sqrt(0.82)
-    assert counted.max_cos().tolist() == pytest.approx([cosine] * 4)  # the dead latent is left out
-    assert counted.metrics()["max_cos_share_over_0_9"] == 1
-    assert counted.metrics()["max_cos_mean"] == pytest.approx(cosine)
-
-
-def test_a_dead_latent_is_nobodys_neighbour() -> None:
-    decoder = torch.tensor([[1.0, 0.0], [0.99, 0.02], [0.9, 0.3]])
-    counted = Cofiring(decoder)
-    counted.add(torch.tensor([[1.0, 0, 1], [0, 0, 0]]))
-    assert counted.phi().tolist() == pytest.approx([1, 1])
-    assert counted.max_cos()[0].item() == pytest.approx(0.9 / math.hypot(0.9, 0.3))
-
-
-def test_random_floor_is_about_what_random_directions_have() -> None:
-    decoder = torch.randn(4096, 512, generator=torch.Generator().manual_seed(0))
-    counted = Cofiring(decoder)
-    counted.add(torch.ones(1, 4096))
-    found = counted.metrics()
-    assert found["max_cos_mean"] == pytest.approx(random_floor(4096, 512), rel=0.15)
-    assert found["max_cos_random_floor"] == pytest.approx(0.18, abs=0.005)
 
 
 # The ground-truth probe, and files

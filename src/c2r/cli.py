@@ -55,6 +55,7 @@ def evaluate(
     text_field: str | None = None,
     context: int | None = None,
     tokens: int = 50_000,
+    probe_data: str | None = None,
     seed: int = 0,
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -77,6 +78,7 @@ def evaluate(
         text_field: Field of .jsonl files and data sets that holds the text. Default: text.
         context: Tokens of a row. Default: as in the SAE's training.
         tokens: Tokens to evaluate on.
+        probe_data: For probing: a .jsonl file of {"text", "label"} or a data set. Default: the standard library's.
         seed: Order of the text.
         device: auto, cpu, cuda, cuda:1…
         trust_remote_code: Let code that the model brings run.
@@ -101,6 +103,7 @@ def evaluate(
         model=model,
         data=data,
         tokens=tokens,
+        probe_data=probe_data,
         seed=seed,
         device=device,
         trust_remote_code=trust_remote_code,

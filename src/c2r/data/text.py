@@ -26,7 +26,12 @@ def stdlib_files() -> list[Path]:
 
 
 def stdlib_documents(seed: int = 0, held_out: bool | None = None) -> Iterator[str]:
-    """The standard library's source, a file a document, shuffled by `seed`.
+    """The standard library's source, a file a document; see `stdlib_sources`."""
+    return (text for _, text in stdlib_sources(seed, held_out))
+
+
+def stdlib_sources(seed: int = 0, held_out: bool | None = None) -> Iterator[tuple[str, str]]:
+    """Name (`email/parser.py`) and text of the standard library's files, shuffled by `seed`, empty ones left out.
 
     `held_out` picks the files that the embedded model never trained on (a list of names that ships with the package,
     one in twenty, so that another Python version holds out the same ones), the rest, or, when None, all.
@@ -39,7 +44,7 @@ def stdlib_documents(seed: int = 0, held_out: bool | None = None) -> Iterator[st
     for path in paths:
         text = path.read_text(encoding="utf-8", errors="replace")
         if text.strip():
-            yield text
+            yield path.relative_to(root).as_posix(), text
 
 
 def file_paths(pattern: str) -> list[Path]:
@@ -75,22 +80,32 @@ def file_documents(pattern: str, text_field: str = "text", seed: int = 0) -> Ite
             if text.strip():
                 yield text
             continue
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                text = _field(line, text_field, f"{path}:{number}") if line.strip() else ""
-                if text.strip():
-                    yield text
+        for where, record in jsonl_records(path):
+            if not isinstance(record.get(text_field), str):
+                raise ValueError(
+                    f"data.text_field: {where} has no text under {text_field!r}; it has: {', '.join(record)}"
+                )
+            if record[text_field].strip():
+                yield record[text_field]
 
 
-def _field(line: str, text_field: str, where: str) -> str:
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"data.path: {where} is not JSON ({error.msg})") from error
-    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-        keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"data.text_field: {where} has no text under {text_field!r}; it has: {keys}")
-    return record[text_field]
+def jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a `.jsonl` file, each with where it stands (`file:line`).
+
+    Raises:
+        ValueError: a line is not a JSON object.
+    """
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record: Any = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"data.path: {path}:{number} is not JSON ({error.msg})") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"data.path: {path}:{number} is not an object but {type(record).__name__}")
+            yield f"{path}:{number}", record
 
 
 def hf_documents(path: str, split: str, text_field: str, name: str | None = None, seed: int = 0) -> Iterator[str]:
@@ -99,17 +114,26 @@ def hf_documents(path: str, split: str, text_field: str, name: str | None = None
     Raises:
         ValueError: the data set cannot be opened or has no such text field.
     """
+    for record in hf_records(path, split, name, seed):
+        if not isinstance(record.get(text_field), str):
+            raise ValueError(f"data.text_field: records have no text under {text_field!r}; they have: {list(record)}")
+        if record[text_field].strip():
+            yield record[text_field]
+
+
+def hf_records(path: str, split: str, name: str | None = None, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Records of a `datasets` data set, streamed, lightly shuffled.
+
+    Raises:
+        ValueError: the data set cannot be opened.
+    """
     import datasets
 
     try:
         stream = datasets.load_dataset(path, name, split=split, streaming=True)
     except Exception as error:  # datasets raises many kinds; all of them mean that the configuration is off
         raise ValueError(f"data.path: cannot open data set {path!r}, split {split!r}: {error}") from error
-    for record in stream.shuffle(seed=seed, buffer_size=1000):
-        if not isinstance(record.get(text_field), str):
-            raise ValueError(f"data.text_field: records have no text under {text_field!r}; they have: {list(record)}")
-        if record[text_field].strip():
-            yield record[text_field]
+    yield from stream.shuffle(seed=seed, buffer_size=1000)
 
 
 def vocabulary_words(tokenizer: Any) -> list[str]:

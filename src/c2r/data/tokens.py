@@ -6,7 +6,7 @@ R rows · T positions in a context.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +89,22 @@ def packed_rows(
             yield Rows(ids, real)
         if empty:
             raise ValueError(f"data.source: {config.path or config.source} holds no text; nothing to train on")
+
+
+def text_rows(texts: Sequence[str], tokenizer: Any, *, context: int, rows: int = 32) -> Iterator[Rows]:
+    """Batches of up to `rows` texts in their order, one a row: BOS if there is one, cut to `context`, then padding."""
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    opening = [] if bos is None else [bos]
+    filler = next((i for i in (pad, eos, bos) if i is not None), 0)
+    for start in range(0, len(texts), rows):
+        found = tokenizer(list(texts[start : start + rows]), add_special_tokens=False)["input_ids"]
+        cut = [(opening + ids)[:context] for ids in found]
+        length = max(1, *map(len, cut))
+        ids = torch.tensor([row + [filler] * (length - len(row)) for row in cut])
+        real = torch.arange(length) < torch.tensor([[len(row)] for row in cut])
+        for token in {i for i in (bos, eos, pad) if i is not None}:
+            real &= ids != token
+        yield Rows(ids, real)
 
 
 def spelling_lists(config: DataConfig, tokenizer: Any, seed: int) -> Iterator[str]:

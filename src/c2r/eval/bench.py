@@ -105,6 +105,8 @@ class Bench:
     console: Console
     judge: JudgeConfig | None = None
     """Who is asked by evaluations that ask a language model over the network."""
+    probe_data: str | None = None
+    """Labelled texts for sparse probing: see `c2r.data.labelled.labelled_texts`; None: the standard library's."""
 
     @property
     def model_key(self) -> dict[str, Any]:

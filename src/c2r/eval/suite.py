@@ -15,11 +15,13 @@ from rich.markup import escape
 
 from c2r.config import DataConfig, ModelConfig
 from c2r.data.harvest import load_language_model, pick_device
+from c2r.data.labelled import check_labelled
 from c2r.data.tokens import check_source
 from c2r.eval.autointerp import NEEDED, run_autointerp
 from c2r.eval.bench import Bench, Cache, Evaluation, ModelFree, Outcome, Setting
 from c2r.eval.core import run_core
 from c2r.eval.judge import JudgeConfig
+from c2r.eval.probing import run_probing
 from c2r.eval.recovery import run_recovery
 from c2r.eval.results import write_result
 from c2r.eval.splitting import run_splitting
@@ -28,7 +30,12 @@ from c2r.interop.saelens import load_sae
 from c2r.sae.base import SAE
 
 Summary = dict[str, float | None]
-SUITES: dict[str, Evaluation] = {"core": run_core, "splitting": run_splitting, "autointerp": run_autointerp}
+SUITES: dict[str, Evaluation] = {
+    "core": run_core,
+    "splitting": run_splitting,
+    "probing": run_probing,
+    "autointerp": run_autointerp,
+}
 """Name on the command line → evaluation. A new evaluation is a function and a row."""
 MODEL_FREE: dict[str, ModelFree] = {"recovery": run_recovery, "stability": run_stability}
 """The same for those that need no language model; where no other is asked for, none is loaded."""
@@ -47,6 +54,7 @@ def evaluate(
     trust_remote_code: bool = False,
     cache: Path | None = None,
     judge: JudgeConfig | None = None,
+    probe_data: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Summary]:
     """Evaluate SAEs that read the same hook point; every result is on disk as soon as it is known.
@@ -62,6 +70,7 @@ def evaluate(
         trust_remote_code: whether code that a model brings may run; an SAE's own word on that is not taken.
         cache: folder for activations; None: `$C2R_CACHE`, or `c2r` in the user's cache folder.
         judge: whom autointerp asks.
+        probe_data: labelled texts for "probing", a .jsonl file or a data set; None: the standard library's.
 
     Returns:
         What the table shows of each SAE, by name.
@@ -81,6 +90,8 @@ def evaluate(
         raise ValueError(f"--tokens: got {tokens}; accepted are whole numbers ≥ 1")
     if not folders:
         raise ValueError("no SAE folder given")
+    if probe_data is not None:
+        check_labelled(probe_data)
     chosen_device = pick_device(device)
     names = _names(folders)
     saes = {name: load_sae(folder).to(chosen_device) for name, folder in names.items()}
@@ -90,7 +101,7 @@ def evaluate(
     }
     if not set(suites) <= set(MODEL_FREE):
         bench = _bench(saes, model, data or {}, tokens, seed, chosen_device, trust_remote_code, cache, console)
-        bench.judge = judge
+        bench.judge, bench.probe_data = judge, probe_data
         settings |= {
             "model": bench.model.model_dump(mode="json"),
             "data": bench.data.model_dump(mode="json"),

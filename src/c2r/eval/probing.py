@@ -1,0 +1,247 @@
+"""Sparse probing (Gurnee et al. 2023, arXiv 2305.01610, as in SAEBench): few latents that tell labelled texts apart.
+
+For each label, against as many texts of the others: token-mean activations, the k latents of largest |difference of
+class means|, an L2 logistic regression on them, accuracy on texts that neither step saw. Beside it the same probe on x
+itself, on its k best coordinates, and on all latents.
+
+D width of the activations · F latents · n real tokens · P channels, D or F · T texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from c2r.data.labelled import LabelledTexts, labelled_texts, stdlib_tasks
+from c2r.data.tokens import text_rows
+from c2r.eval.bench import Bench, Outcome, Tensors, each, progress_bar
+from c2r.sae.base import SAE
+
+KS = (1, 2, 5)
+TEST_SHARE = 0.2
+Accuracies = dict[str, dict[str, float]]
+"""Accuracy by figure (`all`, `top_1`, …) and label."""
+
+
+class Task(NamedTuple):
+    """One label against as many texts of the others."""
+
+    label: str
+    train_R: Tensor
+    """Texts to fit on: half of them of the label."""
+    test_R: Tensor
+    positive_T: Tensor
+    """Bool: which of all texts have the label."""
+
+
+class Probe(NamedTuple):
+    """A fitted probe."""
+
+    accuracy: float
+    channels: list[int]
+    """What it reads, best first; all, in their order, where k is None."""
+    converged: bool
+    """False where the logistic regression stopped at its 1000th iteration."""
+
+
+class ProbeSet(NamedTuple):
+    """A labelled data set, read by the language model."""
+
+    name: str
+    tasks: list[Task]
+    x_nD: Tensor
+    text_n: Tensor
+    """Which text each token belongs to."""
+    texts: int
+    """T."""
+    counts: dict[str, Any]
+    """Texts by label, and labels that were left out."""
+    dense: Accuracies
+    """The probes on x."""
+
+
+def token_means(parts: Iterable[Tensor], text_n: Tensor, texts: int) -> Tensor:
+    """Mean over each text's tokens `[T, P]` of values that come in batches `[·, P]`, in order; 0 for a text without."""
+    count_T = torch.bincount(text_n, minlength=texts)
+    total_TP, start = torch.empty(0), 0
+    for values in parts:
+        if start == 0:
+            total_TP = values.new_zeros(texts, values.shape[1])
+        text = text_n[start : start + len(values)]
+        total_TP.index_add_(0, text.to(values.device), values / count_T[text, None].to(values.device))
+        start += len(values)
+    return total_TP
+
+
+def one_vs_rest(labels_T: Tensor, test_T: Tensor, names: list[str], seed: int) -> list[Task]:
+    """A balanced task a label, the others drawn from evenly; a single one where there are two labels."""
+    generator = torch.Generator().manual_seed(seed)
+    tasks = []
+    for label, name in enumerate(names if len(names) > 2 else names[:1]):
+        halves = []
+        for half_T in (~test_T, test_T):
+            positive_R = _shuffled(((labels_T == label) & half_T).nonzero().squeeze(1), generator)
+            share = -(-len(positive_R) // (len(names) - 1))
+            others = [((labels_T == i) & half_T).nonzero().squeeze(1) for i in range(len(names)) if i != label]
+            negative_R = _shuffled(torch.cat([_shuffled(o, generator)[:share] for o in others]), generator)
+            size = min(len(positive_R), len(negative_R))
+            halves.append(torch.cat([positive_R[:size], negative_R[:size]]))
+        tasks.append(Task(name, halves[0], halves[1], labels_T == label))
+    return tasks
+
+
+def probe(means_TP: Tensor, task: Task, k: int | None) -> Probe:
+    """Fit the k-sparse probe (k None: every channel) on a task's training texts and score it on its test texts.
+
+    scikit-learn's L2 logistic regression, C = 1, at most 1000 iterations, on activations as they are: their scale
+    decides how much the L2 term counts, so figures on x and on latents are not regularised alike.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    device = means_TP.device
+    train_RP, test_RP = means_TP[task.train_R.to(device)], means_TP[task.test_R.to(device)]
+    labels_R = task.positive_T[task.train_R].to(device)
+    channels = torch.arange(means_TP.shape[1], device=device)
+    if k is not None:
+        difference_P = (train_RP[labels_R].mean(0) - train_RP[~labels_R].mean(0)).abs()
+        channels = difference_P.sort(descending=True, stable=True).indices[:k]
+    regression = LogisticRegression(max_iter=1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # counted instead
+        regression.fit(train_RP[:, channels].cpu().numpy(), labels_R.cpu().numpy())
+    said_R = torch.from_numpy(regression.predict(test_RP[:, channels].cpu().numpy()))
+    right = (said_R == task.positive_T[task.test_R]).double().mean().item()
+    return Probe(right, channels.tolist(), bool(regression.n_iter_[0] < regression.max_iter))
+
+
+def probe_all(means_TP: Tensor, tasks: list[Task]) -> tuple[Accuracies, dict[str, list[int]], int]:
+    """Every task's accuracy on all channels and on the top k; the best channels by label; probes not converged."""
+    accuracies: Accuracies = {}
+    best: dict[str, list[int]] = {}
+    unconverged = 0
+    for task in tasks:
+        for k in (None, *KS):
+            fitted = probe(means_TP, task, k)
+            accuracies.setdefault("all" if k is None else f"top_{k}", {})[task.label] = fitted.accuracy
+            unconverged += not fitted.converged
+            if k == max(KS):
+                best[task.label] = fitted.channels
+    return accuracies, best, unconverged
+
+
+def probe_sets(bench: Bench) -> list[ProbeSet]:
+    """The labelled data sets, their activations (from the cache where they are), and the probes on x.
+
+    Raises:
+        ValueError: see `labelled_texts`; or a label whose texts hold no token.
+    """
+    found = stdlib_tasks(bench.seed) if bench.probe_data is None else [labelled_texts(bench.probe_data, bench.seed)]
+    return [_read(bench, labelled) for labelled in found]
+
+
+@torch.no_grad()
+def evaluate_probing(bench: Bench, name: str, sae: SAE, sets: list[ProbeSet]) -> Outcome:
+    """SAEBench's `sparse_probing` on data sets of `probe_sets`: a mean over labels, then over data sets."""
+    details, unstructured = [], {}
+    for data in sets:
+        codes = (sae.encode(x_nD.to(sae.W_dec.device)) for x_nD in data.x_nD.split(2048))
+        means_TF = token_means(codes, data.text_n, data.texts)
+        accuracies, latents, unconverged = probe_all(means_TF, data.tasks)
+        per_label = _named("llm", data.dense) | _named("sae", accuracies)
+        unstructured[f"{data.name}_results"] = per_label
+        unstructured[f"{data.name}_latents"] = latents
+        unstructured[f"{data.name}_texts"] = data.counts | {"unconverged_probes": unconverged}
+        details.append({"dataset_name": data.name} | {key: _mean(by.values()) for key, by in per_label.items()})
+    keys = [key for key in details[0] if key != "dataset_name"]
+    metrics = {
+        side: {key: _mean(detail[key] for detail in details) for key in keys if key.startswith(side)}
+        for side in ("llm", "sae")
+    }
+    return Outcome(
+        name,
+        "sparse_probing",
+        metrics,
+        {
+            "probe_dense": metrics["llm"]["llm_test_accuracy"],
+            **{f"probe_top_{k}": metrics["sae"][f"sae_top_{k}_test_accuracy"] for k in KS},
+        },
+        {
+            "probe_data": bench.probe_data,
+            "dataset_names": [data.name for data in sets],
+            "k_values": list(KS),
+            "python": platform.python_version(),
+        },
+        details,
+        unstructured,
+    )
+
+
+def run_probing(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
+    """Sparse probing of every SAE on the same texts and splits; the language model reads them once."""
+    sets = cache(lambda: probe_sets(bench))
+    yield from each("sparse_probing", lambda bench, name, sae: evaluate_probing(bench, name, sae, sets()))(bench, saes)
+
+
+def _read(bench: Bench, labelled: LabelledTexts) -> ProbeSet:
+    names = list(labelled.texts)
+    texts = [text for label in names for text in labelled.texts[label]]
+    labels_T = torch.tensor([i for i, label in enumerate(names) for _ in labelled.texts[label]])
+    key = {
+        **bench.model_key,
+        "texts": hashlib.sha256("\0".join(texts).encode(errors="replace")).hexdigest(),
+        "context": bench.data.context,
+    }
+    found = bench.cache.get("texts", key, lambda: _collect(bench, labelled.name, texts))
+    # Each text's split depends on its own place, so that one without tokens moves no other.
+    test_T = torch.cat([torch.arange(len(labelled.texts[label])) % round(1 / TEST_SHARE) == 0 for label in names])
+    said_T = torch.bincount(found["text"], minlength=len(texts)) > 0
+    labels_T = labels_T.masked_fill(~said_T, -1)
+    for i, label in enumerate(names):
+        for half_T in (test_T, ~test_T):
+            if not bool(((labels_T == i) & half_T).any()):
+                raise ValueError(f"{labelled.name}: the texts of label {label!r} hold no token to probe")
+    counts = {"labels": {label: int((labels_T == i).sum()) for i, label in enumerate(names)}}
+    tasks = one_vs_rest(labels_T, test_T, names, bench.seed)
+    data = ProbeSet(labelled.name, tasks, found["x"], found["text"], len(texts), counts, {})
+    dense, _, unconverged = probe_all(token_means([data.x_nD], data.text_n, data.texts), tasks)
+    counts |= {"left_out": labelled.left_out, "unconverged_dense_probes": unconverged}
+    return data._replace(dense=dense)
+
+
+def _collect(bench: Bench, name: str, texts: list[str]) -> Tensors:
+    x_parts: list[Tensor] = []
+    text_parts: list[Tensor] = []
+    batches = list(text_rows(texts, bench.lm.tokenizer, context=bench.data.context))
+    first = 0
+    with progress_bar(bench.console) as bar:
+        for part in bar.track(batches, description=f"activations of {name}"):
+            x_RTD = bench.lm.activations(part.ids)
+            x_parts.append(x_RTD[part.real.to(x_RTD.device)].cpu())
+            text_parts.append(first + part.real.nonzero()[:, 0])
+            first += len(part.ids)
+    return {"x": torch.cat(x_parts), "text": torch.cat(text_parts)}
+
+
+def _named(side: str, accuracies: Accuracies) -> Accuracies:
+    """SAEBench's names: `sae_test_accuracy`, `sae_top_1_test_accuracy`."""
+    return {
+        f"{side}_test_accuracy" if figure == "all" else f"{side}_{figure}_test_accuracy": by
+        for figure, by in accuracies.items()
+    }
+
+
+def _mean(values: Any) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def _shuffled(index: Tensor, generator: torch.Generator) -> Tensor:
+    return index[torch.randperm(len(index), generator=generator)]
