@@ -16,13 +16,14 @@ from c2r.data.harvest import load_language_model, pick_device
 from c2r.data.tokens import check_source
 from c2r.eval.bench import Bench, Cache, Evaluation
 from c2r.eval.core import run_core
+from c2r.eval.first_letter_absorption import run_absorption
 from c2r.eval.results import write_result
 from c2r.eval.splitting import run_splitting
 from c2r.interop.saelens import load_sae
 from c2r.sae.base import SAE
 
 Summary = dict[str, float | None]
-SUITES: dict[str, Evaluation] = {"core": run_core, "splitting": run_splitting}
+SUITES: dict[str, Evaluation] = {"core": run_core, "absorption": run_absorption, "splitting": run_splitting}
 """Name on the command line → evaluation. A new evaluation is a function and a row."""
 
 
