@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from c2r.codes import Codes, Support, decode, encode_at, fired, from_dense, l0, norms, to_dense
+from c2r.codes import Codes, Support, decode, encode_at, fired, from_dense, join, l0, norms, take, to_dense
 from c2r.sae.topk import BatchTopK
 
 shapes = st.tuples(st.integers(1, 9), st.integers(2, 12), st.integers(1, 6), st.floats(0, 1), st.integers(0, 10**6))
@@ -104,3 +104,12 @@ def test_no_code_at_all() -> None:
     none = Codes(torch.zeros(0), Support(torch.zeros(0).long(), torch.zeros(0).long(), 2, 3))
     assert torch.equal(decode(none, torch.eye(3), torch.ones(3)), torch.ones(2, 3))
     assert torch.equal(norms(none), torch.zeros(3))
+
+
+def test_rows_are_taken_and_joined() -> None:
+    dense = torch.relu(torch.randn(9, 5, generator=torch.Generator().manual_seed(0)))
+    dense[4] = 0
+    order = torch.tensor([4, 8, 0, 0, 3])
+    assert torch.equal(to_dense(take(from_dense(dense), order)), dense[order])
+    assert torch.equal(to_dense(join([from_dense(part) for part in dense.split(4)])), dense)
+    assert to_dense(take(from_dense(dense), order[:0])).shape == (0, 5)

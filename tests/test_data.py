@@ -198,6 +198,23 @@ def test_the_forward_stops_at_the_hook(tiny_models: dict[str, Path]) -> None:
     assert reached == [2]
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "mamba"])
+@pytest.mark.parametrize(("layer", "hook"), [(0, "resid_pre"), (1, "resid_post")])
+def test_continuations_are_the_end_of_whole_rows(
+    family: str, layer: int, hook: str, tiny_models: dict[str, Path]
+) -> None:
+    if family == "mamba":  # keeps no keys and values: whole rows are read
+        config = transformers.MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=3, state_size=4)
+        lm = LanguageModel(transformers.MambaForCausalLM(config).eval(), None, layer=layer, hook=hook)
+    else:
+        lm = load_language_model(ModelConfig(name=str(tiny_models[family]), layer=layer, hook=hook))
+    generator = torch.Generator().manual_seed(0)
+    openings = torch.randint(1, 300, (2, 40), generator=generator)  # longer than Gemma 2's window of 32
+    ids = torch.randint(1, 300, (6, 3), generator=generator)
+    whole = lm.activations(torch.cat([openings.repeat_interleave(3, 0), ids], 1))
+    torch.testing.assert_close(lm.continuations(openings, ids), whole[:, 40:], rtol=1e-4, atol=1e-5)
+
+
 def test_wrong_layers_models_and_devices_are_named(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.layer: got 3; the model has 3 blocks, 0 to 2"):
         load_language_model(ModelConfig(name=str(tiny_models["gpt2"]), layer=3))

@@ -9,6 +9,8 @@ B tokens in a batch · D width of the activations · F latents · N non-zeros in
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -72,6 +74,25 @@ def to_dense(acts: Acts) -> Tensor:
         return acts
     at = acts.support
     return acts.values_N.new_zeros(at.batch, at.width).index_put((at.tokens_N, at.latents_N), acts.values_N)
+
+
+def join(parts: Sequence[Codes]) -> Codes:
+    """Batches of the same latents as one batch, in order."""
+    starts = itertools.accumulate((part.support.batch for part in parts), initial=0)
+    tokens_N = torch.cat([part.support.tokens_N + start for part, start in zip(parts, starts, strict=False)])
+    latents_N = torch.cat([part.support.latents_N for part in parts])
+    support = Support(latents_N, tokens_N, sum(part.support.batch for part in parts), parts[0].width)
+    return Codes(torch.cat([part.values_N for part in parts]), support)
+
+
+def take(codes: Codes, tokens_B: Tensor) -> Codes:
+    """The activations of the tokens named, in that order."""
+    starts = codes.support.token_starts
+    counts_B = starts[tokens_B + 1] - starts[tokens_B]
+    rows_N = torch.arange(len(tokens_B), device=counts_B.device).repeat_interleave(counts_B)
+    first_B = counts_B.cumsum(0) - counts_B
+    at_N = starts[tokens_B][rows_N] + torch.arange(len(rows_N), device=counts_B.device) - first_B[rows_N]
+    return Codes(codes.values_N[at_N], Support(codes.support.latents_N[at_N], rows_N, len(tokens_B), codes.width))
 
 
 def norms(acts: Acts) -> Tensor:

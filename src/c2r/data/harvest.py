@@ -47,7 +47,8 @@ class LanguageModel:
         self.hook: Hook = hook
         blocks = _blocks(model)
         _check_layer(layer, len(blocks))
-        self._module = _hooked_module(blocks[layer], hook)
+        self._block = blocks[layer]
+        self._module = _hooked_module(self._block, hook)
 
     @property
     def device(self) -> torch.device:
@@ -70,15 +71,43 @@ class LanguageModel:
     @torch.no_grad()
     def activations(self, ids_RT: Tensor) -> Tensor:
         """What the hook point emits, fp32 `[R, T, D]`; nothing after it is computed."""
+        return self._until(self._module, self.hook, input_ids=ids_RT.to(self.device), use_cache=False).float()
+
+    @torch.no_grad()
+    def continuations(self, openings_PS: Tensor, ids_RT: Tensor) -> Tensor:
+        """Activations fp32 `[R, T, D]` of rows that go on from openings, R/P rows in turn from each of the P.
+
+        The same as `activations` of whole rows at their last T positions, but an opening is read once: its keys and
+        values are kept. A model that keeps none reads whole rows.
+        """
+        from transformers import DynamicCache
+
+        copies, kept = len(ids_RT) // len(openings_PS), 0
+        cache = DynamicCache(config=self.model.config)
+        # To the end of the block, so that its keys are there even if the hook stands before its attention.
+        self._until(
+            self._block, "resid_post", input_ids=openings_PS.to(self.device), past_key_values=cache, use_cache=True
+        )
+        with contextlib.suppress(ValueError):  # recurrent layers have no length
+            kept = cache.get_seq_length()
+        if kept != openings_PS.shape[1]:
+            whole = torch.cat([openings_PS.repeat_interleave(copies, 0), ids_RT], 1)
+            return self.activations(whole)[:, openings_PS.shape[1] :]
+        cache.batch_repeat_interleave(copies)
+        row = {"input_ids": ids_RT.to(self.device), "past_key_values": cache, "use_cache": True}
+        return self._until(self._module, self.hook, **row).float()
+
+    def _until(self, module: nn.Module, hook: Hook, **inputs: Any) -> Tensor:
+        """Run the model as far as a hook, and return what passes there."""
         seen: list[Tensor] = []
 
         def keep(hidden: Tensor) -> Tensor:
             seen.append(hidden)
             raise _Reached
 
-        with _hooked(self._module, self.hook, keep), contextlib.suppress(_Reached):
-            self.model(input_ids=ids_RT.to(self.device), use_cache=False)
-        return seen[0].float()
+        with _hooked(module, hook, keep), contextlib.suppress(_Reached):
+            self.model(**inputs)
+        return seen[0]
 
     @torch.no_grad()
     def logits(self, ids_RT: Tensor, replace: Replace | None = None) -> Tensor:

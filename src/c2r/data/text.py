@@ -136,15 +136,20 @@ def hf_records(path: str, split: str, name: str | None = None, seed: int = 0) ->
     yield from stream.shuffle(seed=seed, buffer_size=1000)
 
 
-def vocabulary_words(tokenizer: Any) -> list[str]:
-    """Words that are one token when written after a space: A-Z and a-z alone, at least two letters, sorted."""
-    found = set()
+def alphabetic_tokens(tokenizer: Any) -> Iterator[tuple[str, int]]:
+    """Vocabulary entries that are A-Z and a-z alone, with one leading space or none: their text and id."""
     for piece, index in tokenizer.get_vocab().items():
         text = tokenizer.decode([index])
-        word = text[1:]
-        if text[:1] == " " and len(word) > 1 and word.isascii() and word.isalpha() and piece not in found:
-            found.add(word)
-    return sorted(found)
+        if piece[:1] == "▁" and text[:1] != " ":  # some decoders strip the space of what they take for a beginning
+            text = " " + text
+        word = text.removeprefix(" ")
+        if word.isascii() and word.isalpha():
+            yield text, index
+
+
+def vocabulary_words(tokenizer: Any) -> list[str]:
+    """Words that are one token when written after a space: A-Z and a-z alone, at least two letters, sorted."""
+    return sorted({text[1:] for text, _ in alphabetic_tokens(tokenizer) if text[0] == " " and len(text) > 2})
 
 
 def spelling_documents(words: Sequence[str], seed: int = 0) -> Iterator[str]:

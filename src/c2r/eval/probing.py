@@ -187,7 +187,11 @@ def evaluate_probing(bench: Bench, name: str, sae: SAE, sets: list[ProbeSet]) ->
 def run_probing(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
     """Sparse probing of every SAE on the same texts and splits; the language model reads them once."""
     sets = cache(lambda: probe_sets(bench))
-    yield from each("sparse_probing", lambda bench, name, sae: evaluate_probing(bench, name, sae, sets()))(bench, saes)
+
+    def one(bench: Bench, name: str, sae: SAE) -> Outcome:
+        return evaluate_probing(bench, name, sae, sets())
+
+    yield from each("sparse_probing", one)(bench, saes)
 
 
 def _read(bench: Bench, labelled: LabelledTexts) -> ProbeSet:

@@ -20,6 +20,7 @@ from c2r.data.tokens import check_source
 from c2r.eval.autointerp import NEEDED, run_autointerp
 from c2r.eval.bench import Bench, Cache, Evaluation, ModelFree, Outcome, Setting
 from c2r.eval.core import run_core
+from c2r.eval.first_letter_absorption import run_absorption
 from c2r.eval.judge import JudgeConfig
 from c2r.eval.probing import run_probing
 from c2r.eval.recovery import run_recovery
@@ -32,6 +33,7 @@ from c2r.sae.base import SAE
 Summary = dict[str, float | None]
 SUITES: dict[str, Evaluation] = {
     "core": run_core,
+    "absorption": run_absorption,
     "splitting": run_splitting,
     "probing": run_probing,
     "autointerp": run_autointerp,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from c2r.report.table import NOTE, number, shown, summary_of_files
+from c2r.report.table import ABSORPTION_NOTE, NOTE, number, shown, summary_of_files
 
 COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518", "#72b7b2")
 WIDTH, HEIGHT, MARGIN = 460, 240, 46
@@ -102,6 +102,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
         cells = "".join(f"<td>{number(row.get(figure.key), figure.form)}</td>" for row in rows)
         body += f"<tr><td>{html.escape(figure.label)}</td>{cells}</tr>"
     note = html.escape(NOTE.format(floor=rows[0]["max_cos_random_floor"]))
+    if "absorption_fraction" in rows[0]:
+        note += "<br>" + html.escape(ABSORPTION_NOTE)
     return f"<table><tr><th></th>{head}</tr>{body}</table><p><small>{note}</small></p>"
 
 

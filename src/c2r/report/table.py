@@ -29,6 +29,11 @@ ROWS = (
     Row("ce_recovered", "CE recovered", ".4f"),
     Row("l0", "L0 (learned threshold)", ".1f"),
     Row("alive", "alive latents", ".3f"),
+    Row("absorption_fraction", "absorption fraction, first letters †", ".3f"),
+    Row("absorption_fraction_half_interval", "  its 95 % interval over evaluation seeds, ±", ".3f"),
+    Row("full_absorption", "full absorption, first letters †", ".4f"),
+    Row("split_features", "latents per first letter †", ".2f"),
+    Row("letters", "letters that pass the probe's gate, of 26", ".0f"),
     Row("true_l0", "known features on at once", ".2f"),
     Row("known_absorption", "absorption of known parents", ".3f"),
     Row("hole", "recall of parents lost when a child is on", ".3f"),
@@ -56,6 +61,10 @@ ROWS = (
 NOTE = (
     "* what C²R optimises: shown, and no evidence that it works. Random directions of this shape have about "
     "{floor:.2f} (√(2 ln F / D))."
+)
+ABSORPTION_NOTE = (
+    "† a dash: not evaluable, the result file says why. An undertrained SAE scores deceptively low: read it beside EV, "
+    "L0 and alive latents. The interval is over evaluation seeds and not over SAEs."
 )
 
 
@@ -106,3 +115,5 @@ def print_results(results: Results, console: Console | None = None) -> None:
     console.print(table)
     if rows[0].get("max_cos_random_floor") is not None:
         console.print(NOTE.format(floor=rows[0]["max_cos_random_floor"]), style="dim")
+    if "absorption_fraction" in rows[0]:
+        console.print(ABSORPTION_NOTE, style="dim")

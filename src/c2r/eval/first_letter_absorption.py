@@ -1,0 +1,128 @@
+"""The evaluation `absorption`: first letters, several seeds, one result an SAE in SAEBench's form."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from c2r.eval.absorbed import AbsorptionSettings
+from c2r.eval.absorption import Absorption, ClassResult, absorption
+from c2r.eval.bench import Bench, Outcome, each, progress_bar
+from c2r.eval.first_letter import LETTERS, Collection, FirstLetterSettings, collect, draw, words_of
+from c2r.methods import Frozen, Positive
+from c2r.sae.base import SAE
+
+EVALUATION = "absorption_first_letter"
+"""SAEBench's type id."""
+_MEANS = ("absorption_fraction_score", "full_absorption_score", "num_split_features")
+
+
+class AbsorptionEvaluation(Frozen):
+    """Settings of the evaluation."""
+
+    seeds: Positive = 3
+    """Draws of the split, the prompts and the probes; the first is the call's seed."""
+    prompts: FirstLetterSettings = FirstLetterSettings()
+    thresholds: AbsorptionSettings = AbsorptionSettings()
+
+
+def run_absorption(
+    bench: Bench,
+    saes: dict[str, SAE],
+    settings: AbsorptionEvaluation = AbsorptionEvaluation(),  # noqa: B008 (immutable)
+) -> Iterator[Outcome]:
+    """First-letter absorption of each SAE; activations and ground-truth probes are collected once for all."""
+    kind = settings.prompts.words or ("spaced" if bench.model.name == "embedded" else "all")
+    settings = settings.model_copy(update={"prompts": settings.prompts.model_copy(update={"words": kind})})
+    try:
+        words = words_of(bench.lm.tokenizer, kind)
+        what = "words with a leading space" if kind == "spaced" else "vocabulary entries"
+        bench.console.print(f"first letters of {len(words):,} {what}, {settings.seeds} seeds", highlight=False)
+        seeds = range(bench.seed, bench.seed + settings.seeds)
+        for seed in seeds:
+            draw(list(words), settings.prompts, seed)  # what cannot be drawn is refused before long work
+        collections = [collect(bench, words, settings.prompts, seed) for seed in seeds]
+    except (ValueError, RuntimeError) as error:
+        for name in saes:
+            yield Outcome(name, EVALUATION, error=f"{type(error).__name__}: {error}")
+        return
+    yield from each(EVALUATION, partial(_evaluate, collections, settings))(bench, saes)
+
+
+def interval_95(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's 95 % interval for the mean of independent `values`; None for fewer than two."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
+def _evaluate(
+    collections: list[Collection], settings: AbsorptionEvaluation, bench: Bench, name: str, sae: SAE
+) -> Outcome:
+    results = []
+    with progress_bar(bench.console) as bar:
+        for part in bar.track(collections, description=f"absorption {name}"):
+            given = {"settings": settings.thresholds, "probe": part.probe, "seed": part.seed}
+            results.append(absorption(part.data, sae, LETTERS, **given))
+    found = outcome(name, [part.seed for part in collections], results, settings)
+    if found.unstructured["reason"]:
+        bench.console.print(f"[yellow]{name}: absorption is not evaluable; {found.unstructured['reason']}[/]")
+    return found
+
+
+def outcome(name: str, seeds: Sequence[int], results: Sequence[Absorption], settings: AbsorptionEvaluation) -> Outcome:
+    """The seeds' results as one: not evaluable as soon as one of them is not."""
+    reasons = [f"seed {seed}: {found.reason}" for seed, found in zip(seeds, results, strict=True) if found.reason]
+    means = [found.means for found in results if found.means is not None]
+    metrics, intervals = dict.fromkeys((f"{kind}_{m}" for kind in ("mean", "std_dev") for m in _MEANS), math.nan), {}
+    if not reasons:
+        metrics = {key: statistics.fmean(found[key] for found in means) for key in metrics}
+        intervals = {f"mean_{m}": interval_95([found[f"mean_{m}"] for found in means]) for m in _MEANS}
+    fraction, full, split = (None if reasons else metrics[f"mean_{m}"] for m in _MEANS)
+    spread = intervals.get("mean_absorption_fraction_score")
+    return Outcome(
+        name,
+        EVALUATION,
+        {"mean": metrics},
+        {
+            "absorption_fraction": fraction,
+            "absorption_fraction_half_interval": (spread[1] - spread[0]) / 2 if spread else None,
+            "full_absorption": full,
+            "split_features": split,
+            "letters": min(len(found.passing) for found in results),
+        },
+        config=settings.model_dump(),
+        details=[
+            {"seed": seed, **_detail(letter)}
+            for seed, found in zip(seeds, results, strict=True)
+            for letter in found.passing
+            if not reasons
+        ],
+        unstructured={
+            "evaluable": not reasons,
+            "reason": "; ".join(reasons) or None,
+            "interval_95_over_seeds": intervals,
+            "seeds": [
+                {"seed": seed, **(found.means or {}), "letters": [letter._asdict() for letter in found.classes]}
+                for seed, found in zip(seeds, results, strict=True)
+            ],
+        },
+    )
+
+
+def _detail(letter: ClassResult) -> dict[str, str | float | int | None]:
+    """One letter in SAEBench's form."""
+    return {
+        "first_letter": letter.name,
+        "mean_absorption_fraction": letter.fraction,
+        "full_absorption_rate": letter.full_rate,
+        "num_full_absorption": letter.full,
+        "num_probe_true_positives": letter.scored,
+        "num_split_features": len(letter.split_latents),
+    }
