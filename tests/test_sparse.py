@@ -13,13 +13,16 @@ from c2r.train import run as run_module
 from c2r.train.run import Run
 
 FREE_K = ("standard", "april_update", "p_anneal", "jump_relu", "gated")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "jump_relu": {"target_l0": 3, "threshold_init": 0.1, "bandwidth": 0.3},
+    "p_anneal": {"p_end": 0.9},  # the gradient of fᵖ at small f multiplies rounding; less so for p near 1
+}
 
 
 def gradients(method: str, shape: tuple[int, int, int], seed: int, bias: float, *, sparse: bool) -> dict[str, Any]:
     """Losses and gradients of one step whose weights are not updated."""
     batch, d_in, width = shape
-    more: dict[str, Any] = {"target_l0": 3, "threshold_init": 0.1, "bandwidth": 0.3} if method == "jump_relu" else {}
-    config = METHODS[method](name="x", width=width, c2r=ConsistencyConfig(strength=0.5), **more)
+    config = METHODS[method](name="x", width=width, c2r=ConsistencyConfig(strength=0.5), **SETTINGS.get(method, {}))
     run = Run(config, TrainConfig(tokens=100 * batch, batch=batch, precision="float32"), d_in, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

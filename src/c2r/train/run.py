@@ -31,7 +31,7 @@ from c2r.train.optim import (
     random_unit_rows,
 )
 
-SPARSE_BELOW = 0.02
+SPARSE_BELOW = 0.03
 """Share of activations that fire, below which the sparse step beats the dense one (benchmarks/sparse.py)."""
 ALIVE_TOKENS = 500_000
 """A latent counts as alive in what a run shows if it fired within so many tokens."""
