@@ -16,6 +16,7 @@ from c2r.report.table import print_results, summary
 from c2r.train.trainer import METRICS_FILE, RUN_FILE, train
 
 EVALUATION_TOKENS = 40_000
+SUITES = ("core", "absorption", "splitting")
 
 
 def run_demo(out: Path) -> None:
@@ -24,7 +25,9 @@ def run_demo(out: Path) -> None:
     console = Console()
     config = load_config(Path(str(files("c2r") / "assets" / "demo.yaml"))).model_copy(update={"output": out})
     folders = train(config, overwrite=_is_a_demo(out, config), console=console)
-    results = evaluate(list(folders.values()), out / "evaluations", tokens=EVALUATION_TOKENS, console=console)
+    results = evaluate(
+        list(folders.values()), out / "evaluations", suites=SUITES, tokens=EVALUATION_TOKENS, console=console
+    )
     write_json(out / "summary.json", summary(results))
     write_report(out / "report.html", out / METRICS_FILE, out / "evaluations", list(folders))
     print_results(results, console)
