@@ -1,4 +1,4 @@
-"""The main job: a baseline and its C²R twin on real activations, evaluated side by side."""
+"""The main job: a baseline and its C²R twin on real activations, evaluated side by side; and on known features."""
 
 from __future__ import annotations
 
@@ -20,23 +20,43 @@ SUITES = ("core", "absorption", "splitting")
 
 
 def run_demo(out: Path) -> None:
-    """Train, evaluate, print the table, write `summary.json` and `report.html` under `out`."""
+    """Train, evaluate, print two tables; write `summary.json`, `known_features.json` and `report.html` under `out`."""
     began = time.monotonic()
     console = Console()
-    config = load_config(Path(str(files("c2r") / "assets" / "demo.yaml"))).model_copy(update={"output": out})
+    config = _asset("demo.yaml", out)
     folders = train(config, overwrite=_is_a_demo(out, config), console=console)
     results = evaluate(
         list(folders.values()), out / "evaluations", suites=SUITES, tokens=EVALUATION_TOKENS, console=console
     )
     write_json(out / "summary.json", summary(results))
-    write_report(out / "report.html", out / METRICS_FILE, out / "evaluations", list(folders))
+    known = demo_of_known_features(out / "known_features", console)
+    write_json(out / "known_features.json", summary(known))
+    write_report(
+        out / "report.html", out / METRICS_FILE, out / "evaluations", list(folders),
+        known_features=out / "known_features.json",
+    )  # fmt: skip
+    console.print("\nOn the language model's activations:")
     print_results(results, console)
+    console.print("\nOn known features, where what is found can be counted:")
+    print_results(known, console)
     minutes = (time.monotonic() - began) / 60
     console.print(f"\n{minutes:.1f} minutes. Everything is in {out}:")
     console.print(f"  {out / 'report.html'}   the same with curves and distributions; opens offline")
-    console.print(f"  {out / 'summary.json'}  the table's figures;  {out / 'evaluations'}/  all figures")
+    console.print(f"  {out / 'summary.json'}, {out / 'known_features.json'}  the tables' figures")
+    console.print(f"  {out / 'evaluations'}/, {out / 'known_features' / 'evaluations'}/  all figures")
     console.print("  " + "  ".join(map(str, folders.values())) + "   the SAEs; SAELens opens them as they are")
     console.print(f"next: c2r.load('{folders['c2r']}') in Python, or a copy of {out / 'run.yaml'} and c2r train")
+
+
+def demo_of_known_features(out: Path, console: Console) -> dict[str, dict[str, float | None]]:
+    """The same two methods on the tree preset: train under `out` and return what the table shows."""
+    folders = train(_asset("known_features.yaml", out), console=console)
+    return evaluate(list(folders.values()), suites=("recovery",), console=console)
+
+
+def _asset(name: str, out: Path) -> RunConfig:
+    """A configuration that ships with the package, writing to `out`."""
+    return load_config(Path(str(files("c2r") / "assets" / name))).model_copy(update={"output": out})
 
 
 def _is_a_demo(out: Path, config: RunConfig) -> bool:

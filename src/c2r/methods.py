@@ -16,7 +16,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 _WHOLE = re.compile(r"\d+(\.\d*)?[eE]\+?\d+")
-RESERVED = ("run.yaml", "metrics.jsonl", "summary.json", "report.html", "evaluations", "checkpoints")
+RESERVED = (
+    "run.yaml", "metrics.jsonl", "summary.json", "report.html", "evaluations", "checkpoints",
+    "known_features", "known_features.json",
+)  # fmt: skip
 """What else lies in a run's folder; no SAE can be called so."""
 
 

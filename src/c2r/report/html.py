@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from c2r.report.table import ABSORPTION_NOTE, NOTE, number, shown, summary_of_files
+from c2r.report.table import notes, number, shown, summary_of_files
 
 COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518", "#72b7b2")
 WIDTH, HEIGHT, MARGIN = 460, 240, 46
@@ -25,8 +25,13 @@ small {{ color: #666 }} svg text {{ font: 11px system-ui, sans-serif; fill: #555
 """
 
 
-def write_report(path: Path, metrics_file: Path, evaluations: Path, names: Sequence[str]) -> None:
-    """Write the page from what a run left on disk: `metrics.jsonl` and the evaluations' JSON."""
+def write_report(
+    path: Path, metrics_file: Path, evaluations: Path, names: Sequence[str], *, known_features: Path | None = None
+) -> None:
+    """Write the page from what a run left on disk: `metrics.jsonl` and the evaluations' JSON.
+
+    `known_features` is the demo's `known_features.json`, which becomes a second table.
+    """
     rows = summary_of_files(evaluations, names)
     curves = _curves(metrics_file, names)
     charts = [
@@ -47,6 +52,8 @@ def write_report(path: Path, metrics_file: Path, evaluations: Path, names: Seque
         for name, color in zip(names, _cycle(names), strict=True)
     )
     body = f"{_table(rows)}<p>{legend}</p>{''.join(charts)}"
+    if known_features is not None:
+        body += f"<h2>On known features</h2>{_table(json.loads(known_features.read_text(encoding='utf-8')))}"
     path.write_text(_PAGE.format(title=html.escape("c2r: " + " and ".join(names)), body=body), encoding="utf-8")
 
 
@@ -101,10 +108,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
     for figure in shown(rows):
         cells = "".join(f"<td>{number(row.get(figure.key), figure.form)}</td>" for row in rows)
         body += f"<tr><td>{html.escape(figure.label)}</td>{cells}</tr>"
-    note = html.escape(NOTE.format(floor=rows[0]["max_cos_random_floor"]))
-    if "absorption_fraction" in rows[0]:
-        note += "<br>" + html.escape(ABSORPTION_NOTE)
-    return f"<table><tr><th></th>{head}</tr>{body}</table><p><small>{note}</small></p>"
+    said = "<br>".join(html.escape(note) for note in notes(rows))
+    return f"<table><tr><th></th>{head}</tr>{body}</table><p><small>{said}</small></p>"
 
 
 def _place(point: tuple[float, float], box: tuple[float, float, float, float]) -> tuple[float, float]:

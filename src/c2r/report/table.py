@@ -66,6 +66,10 @@ ABSORPTION_NOTE = (
     "† a dash: not evaluable, the result file says why. An undertrained SAE scores deceptively low: read it beside EV, "
     "L0 and alive latents. The interval is over evaluation seeds and not over SAEs."
 )
+KNOWN_NOTE = (
+    "Synthetic activations whose features are known (docs/evaluations.md). Absorption: of the tokens with a parent and "
+    "a child of it on, the share on which the parent's own latent is silent and another latent supplies it."
+)
 
 
 def summary(results: Results) -> list[dict[str, Any]]:
@@ -94,6 +98,18 @@ def number(value: float | None, form: str) -> str:
     return "–" if value is None or not math.isfinite(value) else format(value, form)
 
 
+def notes(rows: list[dict[str, Any]]) -> list[str]:
+    """What has to be said of the figures shown."""
+    found = []
+    if rows[0].get("max_cos_random_floor") is not None:
+        found.append(NOTE.format(floor=rows[0]["max_cos_random_floor"]))
+    if "absorption_fraction" in rows[0]:
+        found.append(ABSORPTION_NOTE)
+    if "known_absorption" in rows[0]:
+        found.append(KNOWN_NOTE)
+    return found
+
+
 def print_results(results: Results, console: Console | None = None) -> None:
     """Print SAEs side by side, with the change from the first to the last where there are two."""
     console = console or Console()
@@ -113,7 +129,5 @@ def print_results(results: Results, console: Console | None = None) -> None:
             cells.append(number(change, "+" + figure.form))
         table.add_row(figure.label, *cells)
     console.print(table)
-    if rows[0].get("max_cos_random_floor") is not None:
-        console.print(NOTE.format(floor=rows[0]["max_cos_random_floor"]), style="dim")
-    if "absorption_fraction" in rows[0]:
-        console.print(ABSORPTION_NOTE, style="dim")
+    for note in notes(rows):
+        console.print(note, style="dim")
