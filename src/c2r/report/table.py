@@ -104,10 +104,24 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
     if rows[0].get("max_cos_random_floor") is not None:
         found.append(NOTE.format(floor=rows[0]["max_cos_random_floor"]))
     if "absorption_fraction" in rows[0]:
-        found.append(ABSORPTION_NOTE)
+        found += [*_absorption_said(rows), ABSORPTION_NOTE]
     if "known_absorption" in rows[0]:
         found.append(KNOWN_NOTE)
     return found
+
+
+def _absorption_said(rows: list[dict[str, Any]]) -> list[str]:
+    """In words, whether the last of the SAEs is less absorbed than the first, as far as evaluation seeds can tell."""
+    pairs = [(row.get("absorption_fraction"), row.get("absorption_fraction_half_interval")) for row in rows]
+    (first, margin), (last, last_margin) = pairs[0], pairs[-1]
+    if len(rows) < 2 or first is None or margin is None or last is None or last_margin is None:
+        return []
+    change, sure = last - first, math.hypot(margin, last_margin)
+    said = "is lower" if change < -sure else "is higher" if change > sure else "is not shown to differ"
+    return [
+        f"Absorption fraction on the language model: {first:.3f} ± {margin:.3f} in {rows[0]['name']}, {last:.3f} ± "
+        f"{last_margin:.3f} in {rows[-1]['name']}; it {said}."
+    ]
 
 
 def print_results(results: Results, console: Console | None = None) -> None:
