@@ -15,6 +15,7 @@ from c2r.config import DataConfig, ModelConfig
 from c2r.data.harvest import load_language_model, pick_device
 from c2r.data.labelled import check_labelled
 from c2r.data.tokens import check_source
+from c2r.eval.audit import run_audit
 from c2r.eval.bench import Bench, Cache, Evaluation
 from c2r.eval.core import run_core
 from c2r.eval.probing import run_probing
@@ -24,7 +25,12 @@ from c2r.interop.saelens import load_sae
 from c2r.sae.base import SAE
 
 Summary = dict[str, float | None]
-SUITES: dict[str, Evaluation] = {"core": run_core, "splitting": run_splitting, "probing": run_probing}
+SUITES: dict[str, Evaluation] = {
+    "core": run_core,
+    "splitting": run_splitting,
+    "probing": run_probing,
+    "audit": run_audit,
+}
 """Name on the command line → evaluation. A new evaluation is a function and a row."""
 
 
