@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
@@ -92,16 +92,13 @@ def evaluate(
     from c2r.eval.suite import evaluate as evaluate_saes
     from c2r.report.table import print_results
 
-    changes = {"path": path, "split": split, "text_field": text_field, "context": context}
-    data = {name: value for name, value in changes.items() if value is not None}
-    if source or path:
-        data["source"] = source or "files"
+    changes = {"source": source, "path": path, "split": split, "text_field": text_field, "context": context}
     results = evaluate_saes(
         list(saes),
         out,
         suites=tuple(suite.split(",")),
         model=model,
-        data=data,
+        data=_text(changes),
         tokens=tokens,
         probe_data=probe_data,
         seed=seed,
@@ -113,6 +110,61 @@ def evaluate(
     print(f"results: {out or ', '.join(sorted({str(folder.parent / 'evaluations') for folder in saes}))}")
 
 
+def audit(
+    sae: Positional[Path],
+    model: str | None = None,
+    out: Path | None = None,
+    source: str | None = None,
+    path: str | None = None,
+    split: str | None = None,
+    text_field: str | None = None,
+    tokens: int = 50_000,
+    seed: int = 0,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Say in plain words what can be seen of one SAE, anybody's: a page of findings here and as HTML.
+
+    Args:
+        sae: SAE folder, c2r's or SAELens's.
+        model: Language model: embedded, a folder or a Hub id. Default: the one the SAE was trained on.
+        out: Folder for the page and its figures. Default: evaluations/ beside the SAE.
+        source: Text: stdlib, files or hf. Default: that of the SAE's training, its held-out part if there is one.
+        path: For files: a file, folder or glob; for hf: the data set.
+        split: For hf: the split. Default: train.
+        text_field: Field of .jsonl files and data sets that holds the text. Default: text.
+        tokens: Tokens to look at.
+        seed: Order of the text.
+        device: auto, cpu, cuda, cuda:1…
+        trust_remote_code: Let code that the model brings run.
+    """
+    from c2r.eval.suite import evaluate as evaluate_saes
+    from c2r.report.audit import print_audit, write_audit
+
+    folder = out or sae.parent / "evaluations"
+    evaluate_saes(
+        [sae],
+        folder,
+        suites=("audit",),
+        model=model,
+        data=_text({"source": source, "path": path, "split": split, "text_field": text_field}),
+        tokens=tokens,
+        seed=seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    result = folder / f"{sae.resolve().name}_audit.json"
+    print_audit(result)
+    write_audit(result.with_suffix(".html"), result)
+    print(f"page: {result.with_suffix('.html')}")
+
+
+def _text(changes: dict[str, Any]) -> dict[str, Any]:
+    """What the command line says of the text; a path alone means files."""
+    data = {name: value for name, value in changes.items() if value is not None}
+    return {"source": "files"} | data if "path" in data else data
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one line and exit status 2."""
     arguments = sys.argv[1:] if args is None else args
@@ -121,7 +173,10 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"demo": demo, "train": train, "eval": evaluate}, prog="c2r", description=_ABOUT, args=arguments
+            {"demo": demo, "train": train, "eval": evaluate, "audit": audit},
+            prog="c2r",
+            description=_ABOUT,
+            args=arguments,
         )
     except ValueError as error:
         print(f"c2r: error: {error}", file=sys.stderr)

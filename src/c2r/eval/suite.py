@@ -17,6 +17,7 @@ from c2r.config import DataConfig, ModelConfig
 from c2r.data.harvest import load_language_model, pick_device
 from c2r.data.labelled import check_labelled
 from c2r.data.tokens import check_source
+from c2r.eval.audit import run_audit
 from c2r.eval.autointerp import NEEDED, run_autointerp
 from c2r.eval.bench import Bench, Cache, Evaluation, ModelFree, Outcome, Setting
 from c2r.eval.core import run_core
@@ -37,6 +38,7 @@ SUITES: dict[str, Evaluation] = {
     "splitting": run_splitting,
     "probing": run_probing,
     "autointerp": run_autointerp,
+    "audit": run_audit,
 }
 """Name on the command line → evaluation. A new evaluation is a function and a row."""
 MODEL_FREE: dict[str, ModelFree] = {"recovery": run_recovery, "stability": run_stability}

@@ -13,7 +13,7 @@ from c2r.report.table import notes, number, shown, summary_of_files
 COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518", "#72b7b2")
 WIDTH, HEIGHT, MARGIN = 460, 240, 46
 Points = list[tuple[float, float]]
-_PAGE = """<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; color: #222 }}
@@ -54,7 +54,7 @@ def write_report(
     body = f"{_table(rows)}<p>{legend}</p>{''.join(charts)}"
     if known_features is not None:
         body += f"<h2>On known features</h2>{_table(json.loads(known_features.read_text(encoding='utf-8')))}"
-    path.write_text(_PAGE.format(title=html.escape("c2r: " + " and ".join(names)), body=body), encoding="utf-8")
+    path.write_text(PAGE.format(title=html.escape("c2r: " + " and ".join(names)), body=body), encoding="utf-8")
 
 
 def line_chart(caption: str, x_label: str, series: dict[str, Points]) -> str:

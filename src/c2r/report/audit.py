@@ -1,0 +1,94 @@
+"""The findings of an audit, from its result file: in the terminal and as one self-contained page."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from c2r.report.html import PAGE, step_chart
+
+_CHARTS = {
+    "log10_density": "log10 firing density of alive latents",
+    "max_cos": "Nearest-neighbour cosine (dashed: random directions)",
+    "phi": "Co-firing φ of nearest neighbours",
+}
+
+
+def print_audit(result: Path, console: Console | None = None) -> None:
+    """Print the findings; a marked one breaks a rule of thumb."""
+    console = console or Console()
+    found = json.loads(result.read_text(encoding="utf-8"))
+    console.print(f"\n[bold]{escape(found['sae_lens_id'])}[/]  {escape(_what(found))}", highlight=False)
+    for finding in found["eval_result_details"]:
+        mark = "[bold red]![/]" if finding["marked"] else " "
+        console.print(f"\n{mark} [bold]{escape(finding['topic'])}[/]")
+        console.print(f"  {escape(finding['says'])}\n  [dim]{escape(finding['means'])}[/]", highlight=False)
+    console.print("\n[bold]not looked at[/]")
+    for line in found["eval_result_unstructured"]["not_looked_at"]:
+        console.print(f"  {escape(line)}", highlight=False)
+    console.print()
+
+
+def write_audit(path: Path, result: Path) -> None:
+    """Write the page: findings, distributions, pairs of neighbours with the text they fire on, what is missing."""
+    found = json.loads(result.read_text(encoding="utf-8"))
+    extra = found["eval_result_unstructured"]
+    floor = found["eval_result_metrics"]["audit"]["max_cos_random_floor"]
+    rows = "".join(_finding(finding) for finding in found["eval_result_details"])
+    charts = "".join(
+        step_chart(caption, {"": extra[key]}, floor if key == "max_cos" else None) for key, caption in _CHARTS.items()
+    )
+    missing = "".join(f"<li>{html.escape(line)}</li>" for line in extra["not_looked_at"])
+    body = (
+        f"<p>{html.escape(_what(found))}</p>{rows}{charts}"
+        f"<h2>Nearest neighbours to read</h2><p><small>i and j: a latent and the one nearest to it. The highest by "
+        f"cosine and by φ; text around the tokens on which each fires most.</small></p>"
+        f"{''.join(_pair(pair) for pair in extra['pairs']) or '<p>none</p>'}"
+        f"<h2>Not looked at</h2><ul>{missing}</ul>"
+    )
+    path.write_text(PAGE.format(title=html.escape(f"c2r audit: {found['sae_lens_id']}"), body=body), encoding="utf-8")
+
+
+def _what(found: dict[str, Any]) -> str:
+    """The SAE and the text, in a line."""
+    sae, config = found["sae_cfg_dict"], found["eval_config"]
+    model, text = config["model"], config["data"]
+    held_out = ", its held-out files" if config["held_out"] else ""
+    return (
+        f"{sae['architecture']}, {sae['d_sae']:,} latents on {model['name']}, block {model['layer']} {model['hook']}; "
+        f"text: {text['path'] or text['source']}{held_out}"
+    )
+
+
+def _finding(finding: dict[str, Any]) -> str:
+    color = "#e45756" if finding["marked"] else "#54a24b"
+    return (
+        f'<h3><span style="color:{color}">■</span> {html.escape(finding["topic"])}</h3>'
+        f"<p>{html.escape(finding['says'])}<br><small>{html.escape(finding['means'])}</small></p>"
+    )
+
+
+def _pair(pair: dict[str, Any]) -> str:
+    i, j = pair["latents"]
+    phi = "–" if pair["phi"] is None else f"{pair['phi']:.3f}"
+    head = (
+        f"i = {i}, j = {j}: cosine {pair['cosine']:.3f}, φ {phi}, Jaccard {pair['jaccard']:.3f}, "
+        f"P(j|i) {pair['p_j_given_i']:.3f}, P(i|j) {pair['p_i_given_j']:.3f}, "
+        f"density {pair['densities'][0]:.4f} and {pair['densities'][1]:.4f}"
+    )
+    texts = ""
+    for name, found in zip("ij", pair["snippets"], strict=True):
+        for snippet in found:
+            before, token, after = (html.escape(_visible(snippet[key])) for key in ("before", "token", "after"))
+            texts += f"<br>{name} <small>{snippet['activation']:.2f}</small> <code>{before}<b>{token}</b>{after}</code>"
+    return f"<p>{html.escape(head)}{texts}</p>"
+
+
+def _visible(text: str) -> str:
+    """White space that a page would swallow, as signs."""
+    return text.replace("\n", "↵").replace("\t", "→").replace("  ", "··")
