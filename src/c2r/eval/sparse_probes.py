@@ -43,6 +43,8 @@ def l1_probe(
     if bool((positives_C == 0).any()):
         missing = (positives_C == 0).nonzero().flatten().tolist()
         raise ValueError(f"labels: classes {missing} have no sample among {len(labels_B)}; every class needs one")
+    from threadpoolctl import threadpool_limits
+
     batch = batch or max(1, min(4096, len(labels_B) // 16))
     generator = torch.Generator().manual_seed(seed)
     weight_FC = torch.nn.Parameter(positives_C.new_zeros(acts.width, classes))
@@ -53,14 +55,15 @@ def l1_probe(
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=(1e-5 / 1e-2) ** (1 / epochs))
     drawn = torch.randperm(len(labels_B), generator=generator).to(labels_B.device).split(batch)
     batches = [(take(acts, rows), targets_BC[rows]) for rows in drawn]
-    for _ in range(epochs):
-        for i in torch.randperm(len(batches), generator=generator).tolist():
-            optimizer.zero_grad()
-            logits_BC = decode(batches[i][0], weight_FC, bias_C)
-            loss = F.binary_cross_entropy_with_logits(logits_BC, batches[i][1], pos_weight=pos_weight_C)
-            (loss + l1 * weight_FC.abs().sum(0).mean()).backward()
-            optimizer.step()
-        schedule.step()
+    with threadpool_limits(1):  # the steps are so small that threads cost more than they save
+        for _ in range(epochs):
+            for i in torch.randperm(len(batches), generator=generator).tolist():
+                optimizer.zero_grad()
+                logits_BC = decode(batches[i][0], weight_FC, bias_C)
+                loss = F.binary_cross_entropy_with_logits(logits_BC, batches[i][1], pos_weight=pos_weight_C)
+                (loss + l1 * weight_FC.abs().sum(0).mean()).backward()
+                optimizer.step()
+            schedule.step()
     return weight_FC.detach().T
 
 
@@ -115,15 +118,16 @@ def _regression(x_AK: np.ndarray, y_A: np.ndarray, weight_A: np.ndarray) -> Call
     the time without its checks.
     """
     from scipy.optimize import minimize
-    from scipy.special import expit
 
     k, total = x_AK.shape[1], weight_A.sum()
     x_AK, share_A, y_A = x_AK.astype(np.float64), weight_A / total, y_A.astype(np.float64)
 
     def objective(coefficients: np.ndarray) -> tuple[float, np.ndarray]:
         w_K, logit_A = coefficients[:k], x_AK @ coefficients[:k] + coefficients[k]
-        loss = share_A @ (np.logaddexp(0, logit_A) - y_A * logit_A) + w_K @ w_K / (2 * total)
-        slope_A = share_A * (expit(logit_A) - y_A)
+        tail_A = np.exp(-np.abs(logit_A))
+        loss_A = np.maximum(logit_A, 0) + np.log(1 + tail_A) - y_A * logit_A
+        slope_A = share_A * (np.where(logit_A > 0, 1, tail_A) / (1 + tail_A) - y_A)
+        loss = share_A @ loss_A + w_K @ w_K / (2 * total)
         return loss, np.append(slope_A @ x_AK + w_K / total, slope_A.sum())
 
     stop = {"maxiter": 500, "maxls": 50, "gtol": 1e-4, "ftol": 64 * np.finfo(float).eps}
