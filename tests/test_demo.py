@@ -33,6 +33,7 @@ def test_both_panels(
 
     monkeypatch.setattr(demo, "_asset", small)
     monkeypatch.setattr(demo, "EVALUATION_TOKENS", 300)
+    monkeypatch.setattr(demo, "SUITES", ("core", "splitting"))  # the tiny tokenizer has too few words for letters
     out = tmp_path / "demo"
     run_demo(out)
     printed = capsys.readouterr().out
