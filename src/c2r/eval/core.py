@@ -137,16 +137,18 @@ class Behaviour:
 
     def __init__(self) -> None:
         self.ce = self.kl = 0.0
-        self.tokens = 0
+        self.tokens = self.positions = 0
 
     def add(self, logits_RTV: Tensor, clean_RTV: Tensor, rows: Rows) -> None:
-        """Score the positions that are real and whose next token is real."""
-        ids = rows.ids.to(logits_RTV.device)
-        scored = (rows.real[:, :-1] & rows.real[:, 1:]).to(ids.device)
-        log_p, log_clean = (logits[:, :-1][scored].log_softmax(-1) for logits in (logits_RTV, clean_RTV))
-        self.ce += F.nll_loss(log_p, ids[:, 1:][scored], reduction="sum").double().item()
+        """Score KL at every real position, cross-entropy at those whose next token is real too."""
+        ids, real = rows.ids.to(logits_RTV.device), rows.real.to(logits_RTV.device)
+        log_p, log_clean = (logits[real].log_softmax(-1) for logits in (logits_RTV, clean_RTV))
+        followed = F.pad(real[:, :-1] & real[:, 1:], (0, 1))
+        next_ids = ids.roll(-1, 1)[followed]
+        self.ce += F.nll_loss(log_p[followed[real]], next_ids, reduction="sum").double().item()
         self.kl += (log_clean.exp() * (log_clean - log_p)).sum(-1).double().sum().item()
-        self.tokens += int(scored.sum())
+        self.tokens += int(followed.sum())
+        self.positions += int(real.sum())
 
 
 @torch.no_grad()
@@ -236,7 +238,7 @@ def _in_categories(figures: dict[str, float], sae: Behaviour, clean: Behaviour, 
     """SAEBench's categories and keys; a score is 1 for the clean model and 0 for zero ablation."""
     n = clean.tokens
     ce, ce_clean, ce_zero = sae.ce / n, clean.ce / n, zero.ce / n
-    kl, kl_zero = sae.kl / n, zero.kl / n
+    kl, kl_zero = sae.kl / sae.positions, zero.kl / zero.positions
     return {
         "model_behavior_preservation": {
             "kl_div_score": (kl_zero - kl) / kl_zero if kl_zero else float("nan"),
