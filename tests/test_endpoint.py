@@ -60,7 +60,7 @@ def test_what_passes_is_tried_again(bad: Reply) -> None:
 def test_retry_after_is_kept_to() -> None:
     with StubJudge(in_turn(fault(429, retry_after="0.4"), said("good"))) as stub:
         assert ask(stub) == "good"
-    assert 0.4 <= stub.times[1] - stub.times[0] < 2.0
+    assert 0.4 <= stub.times[1] - stub.times[0] < 5.0
     asked = _seconds(email.utils.formatdate(time.time() + 100, usegmt=True))
     assert asked is not None
     assert 90 < asked <= 100
@@ -75,7 +75,7 @@ def test_waits_double() -> None:
     gaps = [b - a for a, b in zip(stub.times, stub.times[1:], strict=False)]
     assert len(gaps) == 3
     for gap, planned in zip(gaps, (0.08, 0.16, 0.32), strict=True):
-        assert 0.75 * planned <= gap < 1.25 * planned + 0.5
+        assert 0.75 * planned <= gap < 1.25 * planned + 2.0
 
 
 @pytest.mark.parametrize("slow", [{"delay": 0.6}, {"drip": 0.05}])

@@ -60,8 +60,8 @@ class Budget(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.requests:,} requests to the judge, about {self.tokens_in:,} tokens to it and {self.tokens_out:,} "
-            f"from it, thinking not counted; {self.kept:,} answers are kept from before"
+            f"{self.requests:,} requests, about {self.tokens_in:,} tokens to it and {self.tokens_out:,} from it "
+            f"(thinking not counted); {self.kept:,} answers are kept from before"
         )
 
 
@@ -190,7 +190,8 @@ def run_autointerp(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
         except ValueError as error:
             yield Outcome(name, "autointerp", error=str(error))
     budget, limit = Budget.of(judge, list(plans.values())), bench.judge.max_requests
-    bench.console.print(f"autointerp: {budget}", highlight=False)
+    asked = f"autointerp: {bench.judge.model} at {bench.judge.url} reads windows of the text: {budget}"
+    bench.console.print(escape(asked), highlight=False)
     if limit is not None and budget.requests > limit:
         error = f"--max-requests: got {limit}, but {budget.requests} are needed; nothing was asked"
         yield from (Outcome(name, "autointerp", error=error) for name in plans)

@@ -46,6 +46,8 @@ class Outcome:
     """Settings of this evaluation, beside the call's own."""
     details: list[dict[str, Any]] = field(default_factory=list)
     unstructured: dict[str, Any] = field(default_factory=dict)
+    file: str | None = None
+    """The file is `<sae>_<this>.json`; None: `evaluation`."""
     error: str | None = None
     """Why there is no result; the other SAEs' results stand."""
 

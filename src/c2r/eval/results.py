@@ -55,9 +55,10 @@ def write_result(
     metrics: Metrics,
     details: list[dict[str, Any]] | None = None,
     unstructured: dict[str, Any] | None = None,
+    file: str | None = None,
 ) -> Path:
-    """Write `<sae>_<evaluation>.json`, the envelope that SAEBench's plots and tables read, and return its path."""
-    path = folder / f"{sae_name}_{evaluation}.json"
+    """Write `<sae>_<file or evaluation>.json`, the envelope that SAEBench's plots and tables read; return its path."""
+    path = folder / f"{sae_name}_{file or evaluation}.json"
     write_json(
         path,
         {

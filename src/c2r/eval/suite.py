@@ -26,8 +26,10 @@ from c2r.eval.judge import JudgeConfig
 from c2r.eval.probing import run_probing
 from c2r.eval.recovery import run_recovery
 from c2r.eval.results import write_result
+from c2r.eval.sae_bench import PREFIX, foreign_suites
 from c2r.eval.splitting import run_splitting
 from c2r.eval.stability import run_stability
+from c2r.interop.sae_bench import check_installed
 from c2r.interop.saelens import load_sae
 from c2r.sae.base import SAE
 
@@ -39,7 +41,7 @@ SUITES: dict[str, Evaluation] = {
     "probing": run_probing,
     "autointerp": run_autointerp,
     "audit": run_audit,
-}
+} | foreign_suites()
 """Name on the command line → evaluation. A new evaluation is a function and a row."""
 MODEL_FREE: dict[str, ModelFree] = {"recovery": run_recovery, "stability": run_stability}
 """The same for those that need no language model; where no other is asked for, none is loaded."""
@@ -90,6 +92,8 @@ def evaluate(
             raise ValueError(f"--suite: got {suite!r}; accepted are {', '.join(SUITES | MODEL_FREE)}")
     if "autointerp" in suites and judge is None:
         raise ValueError(NEEDED)
+    if any(suite.startswith(PREFIX) for suite in suites):
+        check_installed()
     if tokens < 1:
         raise ValueError(f"--tokens: got {tokens}; accepted are whole numbers ≥ 1")
     if not folders:
@@ -130,6 +134,7 @@ def evaluate(
                 metrics=outcome.metrics,
                 details=outcome.details,
                 unstructured=outcome.unstructured | {"summary": outcome.summary},
+                file=outcome.file,
             )
     if failed:
         raise ValueError("evaluations failed, the others are written:\n" + "\n".join(f"  {line}" for line in failed))
