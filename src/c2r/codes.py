@@ -173,10 +173,12 @@ def gather_sum(source: Tensor, index_N: Tensor, starts: Tensor, weight_N: Tensor
     return F.embedding_bag(index_N, source, starts, mode="sum", per_sample_weights=weight_N, include_last_offset=True)
 
 
-def _pair_dots(a_BD: Tensor, b_FD: Tensor, support: Support) -> Tensor:
-    """a[token_n] · b[latent_n] for every non-zero n: the gradient of a weighted sum of rows in its weights."""
-    backward = torch.ops.aten._embedding_bag_per_sample_weights_backward  # its forward would be thrown away
-    return backward(a_BD.contiguous(), b_FD, support.latents_N, support.token_starts, support.tokens_N, 0)
+def row_dots(a_BD: Tensor, i_N: Tensor, b_FD: Tensor, j_N: Tensor) -> Tensor:
+    """a[i_n] · b[j_n] of N pairs of rows, `[N]`; no N×D tensor is made."""
+    # It is the gradient of a weighted sum of rows in its weights, whose forward would be thrown away.
+    backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    bags = i_N.new_zeros(0)  # which bag a pair is in stands in i_N
+    return backward(a_BD.contiguous(), b_FD.contiguous(), j_N, bags, i_N, 0)
 
 
 def _weight_gradient(rows_BD: Tensor, weight_N: Tensor, support: Support) -> Tensor:
@@ -196,8 +198,9 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_BD,) = grads
         values_N, W_dec_FD = ctx.saved_tensors
-        grad_values = _pair_dots(grad_BD, W_dec_FD, ctx.support) if ctx.needs_input_grad[0] else None
-        grad_W_dec = _weight_gradient(grad_BD, values_N, ctx.support) if ctx.needs_input_grad[1] else None
+        at = ctx.support
+        grad_values = row_dots(grad_BD, at.tokens_N, W_dec_FD, at.latents_N) if ctx.needs_input_grad[0] else None
+        grad_W_dec = _weight_gradient(grad_BD, values_N, at) if ctx.needs_input_grad[1] else None
         return grad_values, grad_W_dec, None
 
 
@@ -209,7 +212,7 @@ class _Encode(torch.autograd.Function):
         centred_BD = x_BD if b_dec_D is None else x_BD - b_dec_D
         ctx.save_for_backward(centred_BD, W_enc_FD)
         ctx.support = support
-        return _pair_dots(centred_BD, W_enc_FD, support) + b_enc_F[support.latents_N]
+        return row_dots(centred_BD, support.tokens_N, W_enc_FD, support.latents_N) + b_enc_F[support.latents_N]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -91,8 +91,9 @@ class TrainConfig(Frozen):
     """Linear warm-up of the learning rate; null: 1000 (as published), a twentieth of the steps in a short run."""
     decay_from: Share = 0.8
     """Fraction of the steps from which the learning rate falls linearly to 0; 1 never."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the encoder's product; weights, selected activations and gradients are fp32 either way."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the encoder's product; weights, selected activations and gradients are fp32 either way. auto: bfloat16 where
+    the machine's products are faster in it, which is measured: always on a GPU, not on most older CPUs."""
     device: str = "auto"
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""

@@ -132,6 +132,11 @@ class NeighborTable:
         self.generator.set_state(state["generator"])
 
 
+def renewed_rows(width: int, steps: int) -> int:
+    """Rows that the lagged table renews a step of training: each every 512 steps, and twenty times in a run."""
+    return min(max(-(-width // 512), -(-20 * width // steps)), 1024, width)
+
+
 def random_floor(width: int, d_in: int) -> float:
     """About the nearest-neighbour cosine of `width` random directions in `d_in` dimensions: √(2 ln F / D)."""
     return math.sqrt(2 * math.log(width) / d_in)

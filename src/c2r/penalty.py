@@ -21,9 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.codes import Codes, at_least_fp32, gather_sum, norms, row_starts
+from c2r.codes import Codes, at_least_fp32, gather_sum, norms, row_dots, row_starts
 from c2r.neighbors import check_decoder, nearest_neighbors
-from c2r.tiles import row_dots
 
 
 def consistency_penalty(

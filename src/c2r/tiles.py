@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from c2r.codes import at_least_fp32
+from c2r.codes import at_least_fp32, row_dots
 
 TILE = 2048
 _GROUP = 32
@@ -144,16 +144,6 @@ class _Contest:
         return Nearest(index_R, cosine_R.clamp(-1.0, 1.0))
 
 
-def row_dots(a_RD: Tensor, i_P: Tensor, b_FD: Tensor, j_P: Tensor) -> Tensor:
-    """a[i_p] · b[j_p] of P pairs of rows, `[P]`; holds few rows at a time."""
-    # Written into one tensor: results kept between the large temporaries would scatter the heap and make it grow.
-    dots_P = a_RD.new_empty(len(i_P))
-    for start in range(0, len(i_P), TILE):
-        part = slice(start, start + TILE)
-        torch.sum(a_RD[i_P[part]].mul_(b_FD[j_P[part]]), 1, out=dots_P[part])
-    return dots_P
-
-
 @cache
 def quick_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where its products are faster than fp32's, which is measured once; on a GPU they are."""
@@ -161,7 +151,7 @@ def quick_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16
 
     def seconds(dtype: torch.dtype) -> float:
-        rows = torch.zeros(512, 512, dtype=dtype)
+        rows = torch.zeros(256, 256, dtype=dtype)
         took = []
         for _ in range(4):
             start = time.perf_counter()

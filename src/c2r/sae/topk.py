@@ -11,19 +11,24 @@ from torch import Tensor
 from c2r.codes import Support
 from c2r.tiles import entries_above
 
-_BELOW_CUT = 0.9
+_ROOM = 3.0
+"""The floor lies this many usual moves of the cut, and 1 %, below the last cut."""
+_LARGEST_SLACK = 0.1
 
 
 class BatchTopK:
     """The B·k largest positive pre-activations of a whole batch (Bussmann et al. 2024, arXiv 2412.06410).
 
-    A running floor a little below the last cut leaves a few B·k candidates, and the exact top-k runs on those
+    A running floor a little below the last cut leaves few more candidates than B·k, and the exact top-k runs on those
     alone; where the floor left too few, one is taken from a sample of tokens, and at last it is 0. The set is the
-    exact one either way.
+    exact one either way. How far below follows how much the cut moves from batch to batch.
     """
 
     def __init__(self) -> None:
-        self.floor: float | None = None
+        self.cut: float | None = None
+        """The smallest value that the last batch kept."""
+        self.move = _LARGEST_SLACK
+        """Moving average of the cut's relative change between batches."""
 
     @torch.no_grad()
     def select(self, pre_BF: Tensor, k: int) -> Support:
@@ -34,12 +39,20 @@ class BatchTopK:
         if len(values) > total:
             values, among = values.topk(total, sorted=False)
             chosen = chosen[among]
-        self.floor = values.min().item() * _BELOW_CUT if len(values) else None
+        self._follow(values.min().item() if len(values) else None)
         return _support(chosen, batch, width)
+
+    def _follow(self, cut: float | None) -> None:
+        if cut and self.cut:
+            self.move += 0.1 * (abs(cut / self.cut - 1) - self.move)
+        self.cut = cut
 
     def _candidates(self, pre_BF: Tensor, total: int) -> tuple[Tensor, Tensor]:
         """The positive entries that may be among the `total` largest, and their places in the flattened matrix."""
-        found = None if self.floor is None else entries_above(pre_BF, self.floor)
+        found = None
+        if self.cut is not None:
+            slack = min(0.01 + _ROOM * self.move, _LARGEST_SLACK)
+            found = entries_above(pre_BF, self.cut * (1 - slack))
         if found is None or len(found.values) < total:
             found = entries_above(pre_BF, self._sampled_floor(pre_BF, total))
         if len(found.values) < total:
@@ -50,7 +63,7 @@ class BatchTopK:
         """A floor from every 16th token, 0 at least."""
         sample = pre_BF[::16]
         cut = sample.flatten().topk(max(1, total * len(sample) // len(pre_BF)), sorted=False).values.min().item()
-        return max(cut * _BELOW_CUT, 0.0)
+        return max(cut * (1 - _LARGEST_SLACK), 0.0)
 
 
 @torch.no_grad()

@@ -15,10 +15,11 @@ from c2r.codes import Acts, Codes, Support, encode_at, fired, l0
 from c2r.config import TrainConfig
 from c2r.loss.terms import Encoded, Forward, lp
 from c2r.methods import MatryoshkaConfig, SAEConfig, TopKConfig, group_ends
-from c2r.neighbors import NeighborTable
+from c2r.neighbors import NeighborTable, renewed_rows
 from c2r.recipes import RECIPES
 from c2r.sae.base import SAE, Extra
 from c2r.sae.topk import BatchTopK
+from c2r.tiles import quick_dtype
 from c2r.train.consistency import Consistency
 from c2r.train.optim import (
     adam,
@@ -70,10 +71,11 @@ class Run(Generic[Config]):
         self.smallest = torch.tensor(-1.0, device=device)
         """The last batch's measure of it, which serves an SAE that is saved before."""
         self.optimizer = adam(list(self.sae.parameters()), train.lr)
-        self.product_dtype = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
+        given = train.precision
+        self.product_dtype = quick_dtype(torch.device(device)) if given == "auto" else getattr(torch, given)
         self.selector = BatchTopK()
         mode = config.c2r.neighbors if config.c2r else "lagged"
-        rows = min(max(128, 10 * config.width // train.steps), 1024)  # every row about ten times in a short run
+        rows = renewed_rows(config.width, train.steps)
         self.table = NeighborTable(mode, rows=rows, dtype=self.product_dtype, seed=self.seed)
         self.consistency = None if config.c2r is None else Consistency(config.c2r, self.sae, seed=self.seed)
         self.ends = (
