@@ -28,6 +28,7 @@ from published import PublishedStep
 
 LABELS = {
     "floor": "encoder's product, bf16 (the floor)",
+    "floor32": "encoder's product, fp32",
     "plain": "c2r without C²R",
     "lagged": "c2r with C²R, lagged (default)",
     "exact": "c2r with C²R, exact",
@@ -57,6 +58,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--only", nargs="+", choices=list(LABELS), default=list(LABELS))
     parser.add_argument("--cycles", type=int, help="rounds of the published step; the same as --rounds if not given")
+    parser.add_argument("--precision", choices=("auto", "bfloat16", "float32"), default="auto", help="of c2r's product")
     parser.add_argument("--default-allocator", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -64,7 +66,7 @@ def main() -> None:
     if not args.default_allocator:
         keep_freed_memory()
     x = activations(args.batch, args.d_in)
-    train = TrainConfig(tokens=10**9, batch=args.batch, lr=1e-3)
+    train = TrainConfig(tokens=10**9, batch=args.batch, lr=1e-3, precision=args.precision)
 
     def ours(c2r: ConsistencyConfig | None) -> Callable[[], object]:
         run = Run(BatchTopKConfig(name="x", width=args.width, k=args.k, k_anneal=0, c2r=c2r), train, args.d_in)
@@ -74,8 +76,8 @@ def main() -> None:
         step = PublishedStep(args.d_in, args.width, args.k, autocast=autocast)
         return lambda: [step(x) for _ in range(step.every)]
 
-    def floor() -> Callable[[], object]:
-        x_low, W_low = x.bfloat16(), torch.randn(args.width, args.d_in).bfloat16()
+    def floor(dtype: torch.dtype) -> Callable[[], object]:
+        x_low, W_low = x.to(dtype), torch.randn(args.width, args.d_in).to(dtype)
         return lambda: torch.nn.functional.linear(x_low, W_low)
 
     def two() -> Callable[[], object]:
@@ -83,7 +85,8 @@ def main() -> None:
         return lambda: [run() for run in runs]
 
     makers: dict[str, Callable[[], Callable[[], object]]] = {
-        "floor": floor,
+        "floor": lambda: floor(torch.bfloat16),
+        "floor32": lambda: floor(torch.float32),
         "plain": lambda: ours(None),
         "lagged": lambda: ours(ConsistencyConfig(strength=0.9)),
         "exact": lambda: ours(ConsistencyConfig(strength=0.9, neighbors="exact")),
@@ -108,6 +111,7 @@ def main() -> None:
         "faster than published, bf16 autocast": ("autocast", "lagged"),
         "faster than published, fp32": ("fp32", "lagged"),
         "step with C²R over the floor": ("lagged", "floor"),
+        "step with C²R over the fp32 product": ("lagged", "floor32"),
         "step with C²R over step without": ("lagged", "plain"),
         "two SAEs over one": ("two", "lagged"),
     }

@@ -19,7 +19,7 @@ from step import activations, timed
 
 STEPS = 5
 KINDS = {
-    "encoder's product (bf16)": ("addmm",),
+    "encoder's product": ("addmm",),
     "gathered sums and dots: decode, gradients": ("embedding_bag",),
     "selection, gathers": ("amax", "gt", "nonzero", "index", "topk", "sort", "searchsorted", "bincount"),
     "neighbours' product": ("mm", "mv"),

@@ -106,6 +106,13 @@ def test_a_latent_that_is_its_own_neighbour_contributes_nothing() -> None:
     assert consistency_penalty(torch.ones(1, 2), decoder, neighbors=torch.tensor([0, 1])).item() == 0
 
 
+def test_neighbours_may_be_int32_and_strided() -> None:
+    acts, decoder = example(1)
+    index = nearest_neighbors(decoder).index
+    strided = torch.stack([index, index], 1).int()[:, 0]
+    assert consistency_penalty(acts, decoder, neighbors=strided) == consistency_penalty(acts, decoder)
+
+
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 6.0), (torch.float16, 2e-4), (torch.bfloat16, 3.0)])
 def test_half_precision_neither_overflows_nor_vanishes(dtype: torch.dtype, size: float) -> None:
     acts = torch.full((2048, 11), size, dtype=dtype)

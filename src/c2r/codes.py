@@ -178,7 +178,7 @@ def row_dots(a_BD: Tensor, i_N: Tensor, b_FD: Tensor, j_N: Tensor) -> Tensor:
     # It is the gradient of a weighted sum of rows in its weights, whose forward would be thrown away.
     backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
     bags = i_N.new_zeros(0)  # which bag a pair is in stands in i_N
-    return backward(a_BD.contiguous(), b_FD.contiguous(), j_N, bags, i_N, 0)
+    return backward(a_BD.contiguous(), b_FD.contiguous(), j_N.contiguous(), bags, i_N.contiguous(), 0)
 
 
 def _weight_gradient(rows_BD: Tensor, weight_N: Tensor, support: Support) -> Tensor:

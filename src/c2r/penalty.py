@@ -67,7 +67,7 @@ def consistency_penalty(
         neighbors = nearest_neighbors(decoder).index
     elif neighbors.shape != (width,) or neighbors.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"neighbors: expected integers [{width}], got {neighbors.dtype} {list(neighbors.shape)}")
-    return penalty_from_norms(norms(acts), decoder, neighbors, alpha=alpha, margin=margin)
+    return penalty_from_norms(norms(acts), decoder, neighbors.long(), alpha=alpha, margin=margin)
 
 
 def penalty_from_norms(
