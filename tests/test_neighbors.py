@@ -1,5 +1,7 @@
 """Neighbour search against brute force; the table's promise that every row is renewed within a cycle."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -75,6 +77,25 @@ def test_lagged_table_is_exact_first_and_again_after_a_cycle() -> None:
     assert stale == sorted(stale, reverse=True)
     assert stale[0] > 0
     assert stale[-1] == 0
+
+
+def test_the_shortlist_finds_the_nearest_before_its_row_is_renewed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    decoder = torch.randn(60, 8, generator=generator)
+    table = NeighborTable("lagged", rows=60, shortlist=10)
+    table.refresh(decoder), table.refresh(decoder)  # the second renews every row and its shortlist
+    table.rows = 1
+    moved = decoder + 0.3 * torch.randn(60, 8, generator=generator)
+    index, cosine = brute_force(moved)
+    unit = torch.nn.functional.normalize(moved.double(), dim=1)
+    short = [(unit * unit[table.refresh(moved)]).sum(1) for _ in range(10)]  # once through the shortlists
+    found = short[-1]
+    assert all((b >= a - 1e-6).all() for a, b in itertools.pairwise(short))
+    assert (found > cosine - 1e-6).float().mean() > 0.9  # 10 rows were renewed by then
+    stale = (unit * unit[brute_force(decoder)[0]]).sum(1)
+    assert (stale > cosine - 1e-6).float().mean() < 0.7
+    table.shortlist_MF = index.repeat(10, 1)
+    assert torch.equal(table.refresh(moved), index)
 
 
 def test_a_refresh_leaves_the_last_result_alone() -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.codes import at_least_fp32
+from c2r.codes import at_least_fp32, row_dots
 from c2r.tiles import nearest_in_tiles, nearest_of_slice
 
 Mode = Literal["exact", "chunked"]
@@ -72,13 +72,17 @@ def nearest_neighbors(
 class NeighborTable:
     """Nearest neighbours kept up to date while a decoder is trained.
 
-    "lagged" (the default of training) is exact when made and afterwards renews `rows` of its rows a call, in turn, so
-    that its cost grows as F and not as F². The cosine of a stale neighbour is recomputed from the current decoder, and
-    is never more than the true neighbour's. "exact" and "chunked" search anew at every call.
+    "lagged" (the default of training) is exact when made. Afterwards it renews `rows` of its rows a call, in turn, so
+    that its cost grows as F and not as F²; a renewed row also keeps a shortlist of its `shortlist` nearest, and every
+    call compares each latent's neighbour with the next of its shortlist. C²R turns neighbours away from each other, so
+    that the nearest changes often; without the shortlist a third of the penalty was left after 512 steps (docs/log.md).
+    The cosine of a stale neighbour is recomputed from the current decoder, and is never more than the true
+    neighbour's. "exact" and "chunked" search anew at every call.
 
     Arguments:
         mode: "lagged", "exact" or "chunked".
         rows: how many rows "lagged" renews a call; all of them within F/rows calls.
+        shortlist: M, candidates that "lagged" keeps of each row.
         chunk: rows a chunk of "chunked".
         dtype: of the product with which "lagged" finds candidates; they are compared in fp32.
         seed: of the permutations of "chunked".
@@ -89,15 +93,17 @@ class NeighborTable:
         mode: Literal["lagged", "exact", "chunked"] = "lagged",
         *,
         rows: int = 128,
+        shortlist: int = 32,
         chunk: int = 8192,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
         self.mode: Literal["lagged", "exact", "chunked"] = mode
-        self.rows, self.chunk, self.dtype = rows, chunk, dtype
+        self.rows, self.shortlist, self.chunk, self.dtype = rows, shortlist, chunk, dtype
         self.generator = torch.Generator().manual_seed(seed)
         self.index_F: Tensor | None = None
-        self.cursor = 0
+        self.shortlist_MF: Tensor | None = None
+        self.cursor = self.turn = 0
         self.churn = self.regret = torch.zeros(())
         """Of the rows "lagged" renewed last: the share whose neighbour changed, and the mean cosine gained by it."""
 
@@ -106,30 +112,49 @@ class NeighborTable:
         """Neighbours `[F]` for the decoder as it is now."""
         if self.mode == "chunked":
             return nearest_neighbors(decoder_FD, mode="chunked", chunk=self.chunk, generator=self.generator).index
-        if self.mode == "exact" or self.index_F is None:
+        if self.mode == "exact" or self.index_F is None or self.shortlist_MF is None:
             check_decoder(decoder_FD)
             self.index_F = nearest_in_tiles(unit_rows(decoder_FD)).index
+            self.shortlist_MF = self.index_F.repeat(min(self.shortlist, len(decoder_FD) - 1), 1)
             return self.index_F
-        width = len(decoder_FD)
-        start, stop = self.cursor, min(self.cursor + self.rows, width)
-        stale_R, found = self.index_F[start:stop], nearest_of_slice(decoder_FD, start, stop, self.dtype)
-        rows_RD, stale_RD = unit_rows(decoder_FD[start:stop]), unit_rows(decoder_FD[stale_R])
-        self.churn = (found.index != stale_R).float().mean()
-        self.regret = (found.cosine - (rows_RD * stale_RD).sum(1)).clamp(min=0).mean()
         # A new tensor each time: the last one may still be part of an autograd graph.
         self.index_F = self.index_F.clone()
-        self.index_F[start:stop] = found.index
-        self.cursor = stop % width
+        self._renew(decoder_FD, self.index_F, self.shortlist_MF)
+        self._look_at_one_more(decoder_FD, self.index_F, self.shortlist_MF)
         return self.index_F
+
+    def _renew(self, decoder_FD: Tensor, index_F: Tensor, shortlist_MF: Tensor) -> None:
+        """Search the next rows' neighbours and shortlists anew."""
+        rows = slice(self.cursor, min(self.cursor + self.rows, len(decoder_FD)))
+        found, near_RM = nearest_of_slice(decoder_FD, rows.start, rows.stop, self.dtype, self.shortlist)
+        stale_RD, rows_RD = unit_rows(decoder_FD[index_F[rows]]), unit_rows(decoder_FD[rows])
+        self.churn = (found.index != index_F[rows]).float().mean()
+        self.regret = (found.cosine - (rows_RD * stale_RD).sum(1)).clamp(min=0).mean()
+        index_F[rows], shortlist_MF[:, rows] = found.index, near_RM.T
+        self.cursor = rows.stop % len(decoder_FD)
+
+    def _look_at_one_more(self, decoder_FD: Tensor, index_F: Tensor, shortlist_MF: Tensor) -> None:
+        """Let every latent's neighbour and the next of its shortlist change places if that one is nearer."""
+        rows_FD, own_F = at_least_fp32(decoder_FD), torch.arange(len(index_F), device=index_F.device)
+        other_F, inverse_F = shortlist_MF[self.turn], rows_FD.norm(dim=1).clamp(min=1e-12).reciprocal()
+        now_F, then_F = (row_dots(rows_FD, own_F, rows_FD, j_F) * inverse_F[j_F] for j_F in (index_F, other_F))
+        nearer_F = then_F > now_F
+        winner_F, loser_F = torch.where(nearer_F, other_F, index_F), torch.where(nearer_F, index_F, other_F)
+        index_F.copy_(winner_F)
+        shortlist_MF[self.turn] = loser_F
+        self.turn = (self.turn + 1) % len(shortlist_MF)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if never stopped."""
-        return {"index": self.index_F, "cursor": self.cursor, "generator": self.generator.get_state()}
+        names = ("index_F", "shortlist_MF", "cursor", "turn", "churn", "regret")
+        return {"generator": self.generator.get_state(), **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state of `state_dict`."""
-        self.index_F, self.cursor = state["index"], state["cursor"]
         self.generator.set_state(state["generator"])
+        for name in state.keys() - {"generator"}:
+            value = state[name]
+            setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
 
 
 def renewed_rows(width: int, steps: int) -> int:

@@ -69,7 +69,7 @@ def nearest_in_tiles(unit_FD: Tensor, dtype: torch.dtype | None = None) -> Neare
     choose the candidates; None takes the fastest here.
     """
     low_FD = unit_FD.to(dtype or quick_dtype(unit_FD.device))
-    contest = _Contest(unit_FD, unit_FD, _SLACK[low_FD.dtype])
+    contest = _Contest(unit_FD, _SLACK[low_FD.dtype])
     for top in range(0, len(unit_FD), TILE):
         for left in range(top, len(unit_FD), TILE):
             tile_RC = low_FD[top : top + TILE] @ low_FD[left : left + TILE].T
@@ -81,38 +81,36 @@ def nearest_in_tiles(unit_FD: Tensor, dtype: torch.dtype | None = None) -> Neare
     return contest.settle()
 
 
-def nearest_of_slice(rows_FD: Tensor, start: int, stop: int, dtype: torch.dtype) -> Nearest:
-    """The nearest other row of rows `start` to `stop`; rows of any norm.
+def nearest_of_slice(rows_FD: Tensor, start: int, stop: int, dtype: torch.dtype, most: int) -> tuple[Nearest, Tensor]:
+    """The nearest other row of rows `start` to `stop`, and the indices of the `most` nearest `[R, most]`; of any norm.
 
-    Where norms differ much, rounding in `dtype` may pass over the nearest for one whose cosine is 1 % lower.
+    Those are found by a product in `dtype`, and the nearest among them in full precision.
     """
     rows_FD = at_least_fp32(rows_FD)
     low_FD, inverse_F = rows_FD.to(dtype), rows_FD.norm(dim=1).clamp(min=1e-12).reciprocal()
     # A row's own norm does not change who is nearest to it; the others' are divided out after the product.
     tile_RF = (low_FD[start:stop] @ low_FD.T).mul_(inverse_F.to(dtype))
     tile_RF.diagonal(offset=start).fill_(-torch.inf)
-    contest = _Contest(rows_FD[start:stop] * inverse_F[start:stop, None], rows_FD, _SLACK[dtype], inverse_F)
-    tile_RF *= inverse_F[start:stop, None].to(dtype)
-    contest.offer(tile_RF, 0, 0, dim=1)
-    return contest.settle()
+    near_RM = tile_RF.topk(min(most, len(rows_FD) - 1), dim=1).indices
+    own_RM = torch.arange(start, stop, device=near_RM.device)[:, None].expand_as(near_RM)
+    dots_RM = row_dots(rows_FD, own_RM.flatten(), rows_FD, near_RM.flatten()).view_as(near_RM)
+    best = (dots_RM * inverse_F[own_RM] * inverse_F[near_RM]).max(1)
+    return Nearest(near_RM.gather(1, best.indices[:, None])[:, 0], best.values.clamp(-1.0, 1.0)), near_RM
 
 
 class _Contest:
-    """Which of `rows_FD` is nearest to each of the unit rows `own_RD`, given tiles of approximate cosines.
+    """Which other of the unit rows is nearest to each, given tiles of approximate cosines."""
 
-    `inverse_F` are reciprocal norms of `rows_FD` where these are not unit rows.
-    """
-
-    def __init__(self, own_RD: Tensor, rows_FD: Tensor, slack: float, inverse_F: Tensor | None = None) -> None:
-        self.own_RD, self.rows_FD, self.slack, self.inverse_F = own_RD, rows_FD, slack, inverse_F
-        self.peak_R = own_RD.new_full((len(own_RD),), -torch.inf, dtype=torch.float32)
+    def __init__(self, unit_FD: Tensor, slack: float) -> None:
+        self.unit_FD, self.slack = unit_FD, slack
+        self.peak_F = unit_FD.new_full((len(unit_FD),), -torch.inf, dtype=torch.float32)
         self.entries: list[Entries] = []
 
     def offer(self, tile: Tensor, first_own: int, first_row: int, dim: int) -> None:
         """Candidates along `dim` of a tile; with dim 0 its columns are the contest's own rows."""
         lines = slice(first_own, first_own + tile.shape[1 - dim])
-        self.peak_R[lines] = torch.maximum(self.peak_R[lines], tile.amax(dim).float())
-        found = entries_above(tile, self.peak_R[lines] - self.slack, dim)
+        self.peak_F[lines] = torch.maximum(self.peak_F[lines], tile.amax(dim).float())
+        found = entries_above(tile, self.peak_F[lines] - self.slack, dim)
         if len(found.values) > _CROWDED * tile.shape[1 - dim]:
             found = self._best_of(tile, lines, first_row, dim)
         line, other = (found.rows, found.columns) if dim == 1 else (found.columns, found.rows)
@@ -121,9 +119,7 @@ class _Contest:
     def _best_of(self, tile: Tensor, lines: slice, first_row: int, dim: int) -> Entries:
         """The tile's nearest of each line in full precision: for lines with very many about as near."""
         rows = slice(first_row, first_row + tile.shape[dim])
-        exact = self.own_RD[lines] @ self.rows_FD[rows].T
-        if self.inverse_F is not None:
-            exact *= self.inverse_F[rows]
+        exact = self.unit_FD[lines] @ self.unit_FD[rows].T
         best = exact.masked_fill_((tile if dim == 1 else tile.T).isneginf(), -torch.inf).max(1)
         line = torch.arange(len(exact), device=exact.device)
         values = best.values + self.slack  # survives every later comparison with approximate peaks
@@ -132,16 +128,14 @@ class _Contest:
     def settle(self) -> Nearest:
         """Compare those within the slack of the best in full precision."""
         values, line, other = (torch.cat(parts) for parts in zip(*self.entries, strict=True))
-        close_P = values >= self.peak_R[line] - self.slack
+        close_P = values >= self.peak_F[line] - self.slack
         line_P, other_P = line[close_P], other[close_P]
-        cosine_P = row_dots(self.own_RD, line_P, self.rows_FD, other_P)
-        if self.inverse_F is not None:
-            cosine_P = cosine_P * self.inverse_F[other_P]
-        cosine_R = torch.full_like(self.own_RD[:, 0], -torch.inf).scatter_reduce(0, line_P, cosine_P, "amax")
-        won_P = cosine_P == cosine_R[line_P]
-        index_R = torch.full_like(line_P[:1], len(self.rows_FD)).expand(len(self.own_RD)).clone()
-        index_R.scatter_reduce_(0, line_P[won_P], other_P[won_P], "amin")
-        return Nearest(index_R, cosine_R.clamp(-1.0, 1.0))
+        cosine_P = row_dots(self.unit_FD, line_P, self.unit_FD, other_P)
+        cosine_F = torch.full_like(self.unit_FD[:, 0], -torch.inf).scatter_reduce(0, line_P, cosine_P, "amax")
+        won_P = cosine_P == cosine_F[line_P]
+        index_F = torch.full_like(line_P[:1], len(self.unit_FD)).expand(len(self.unit_FD)).clone()
+        index_F.scatter_reduce_(0, line_P[won_P], other_P[won_P], "amin")
+        return Nearest(index_F, cosine_F.clamp(-1.0, 1.0))
 
 
 @cache
