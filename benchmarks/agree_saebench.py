@@ -210,6 +210,8 @@ def whole_run(lm: LanguageModel, sae: SAE, their_sae: Any, hook: str, words: lis
         base = dict(zip(table["token"], table["prompt"], strict=True))
         return [SimpleNamespace(base=base[word], answer="", word=word) for word in asked]
 
+    random.seed(0)
+    torch.manual_seed(0)
     given: dict[str, Any] = {"model": model, "sae": their_sae, "layer": 0, "sae_name": "sae", "device": "cpu"}
     given |= {"max_k_value": MAX_K, "prompt_template": TEMPLATE, "prompt_token_pos": POSITION, "force": True}
     given |= {"probes_dir": folder / "probes"}
@@ -271,18 +273,25 @@ def main() -> None:
     parser.add_argument("--sae", type=Path, required=True, help="an SAE of the embedded model, layer 0, resid_post")
     parser.add_argument("--words", type=int, help="a sample of the words for part `ours`")
     parser.add_argument("--freeze", type=Path)
+    parser.add_argument("--part", choices=("core", "ours", "theirs"), help="this alone; all by default")
     args = parser.parse_args()
     config = ModelConfig()
     lm, sae, hook = load_language_model(config), load_sae(args.sae), "blocks.0.hook_resid_post"
     _, their_sae, _ = load_and_format_sae("c2r", sae_lens.SAE.load_from_disk(args.sae), "cpu")
 
     ids, figures, agreement = core(lm, sae, their_sae, hook)
-    print(json.dumps({"core": agreement}), flush=True)
+    if args.part in (None, "core"):
+        print(json.dumps({"core": agreement}), flush=True)
+    if args.part == "core":
+        return
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bench = Bench(lm, config, DataConfig(), 1, 0, Cache(folder / "cache"), Console(quiet=True))
         words = words_of(lm.tokenizer, "spaced")
+        if args.part == "theirs":
+            print(json.dumps({"theirs": whole_run(lm, sae, their_sae, hook, sorted(words), folder)}), flush=True)
+            return
         settings = FirstLetterSettings(words="spaced", max_words=args.words)
         spent: dict[str, float] = {}
         for share in (1, 4):
@@ -301,11 +310,11 @@ def main() -> None:
         stored = Stored(lm, hook, test_words, test_x)
         metrics, table = their_absorption(stored, their_sae, part, probe, l1_CF, folder)
         print(json.dumps({"ours": {"seconds": spent, **compared(ours, test_words, metrics, table)}}), flush=True)
+        if args.part == "ours":
+            return
         if args.freeze:
             freeze(args.freeze, sae, ids, figures, part, l1_CF, settings, metrics, table)
             return
-        random.seed(0)
-        torch.manual_seed(0)
         print(json.dumps({"theirs": whole_run(lm, sae, their_sae, hook, sorted(words), folder)}), flush=True)
 
 

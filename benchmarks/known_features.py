@@ -1,4 +1,4 @@
-"""What SAEs find of known features, without C²R and with it: the presets over seeds, mean and standard deviation.
+"""What SAEs find of known features, without C²R and with it: presets over seeds, mean and sample standard deviation.
 
     python benchmarks/known_features.py tree [--seeds 5] [--steps 3000] [--strengths 0.1 0.3 1] [--json]
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from typing import Any
@@ -72,6 +73,16 @@ def train_and_measure(
     }
 
 
+def over_seeds(seeds: list[float]) -> dict[str, Any]:
+    """Mean and sample standard deviation of the finite ones; a preset may lack what a figure is about."""
+    finite = [value for value in seeds if math.isfinite(value)]
+    return {
+        "mean": statistics.fmean(finite) if finite else math.nan,
+        "sd": statistics.stdev(finite) if len(finite) > 1 else math.nan,
+        "seeds": seeds,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", choices=list(SETTINGS))
@@ -96,11 +107,7 @@ def main() -> None:
                 features = known_features(preset(args.preset, feature_seed=seed, **parameters))
                 k = {"k": max(1, round(share * features.mean_l0))} if sae["method"] == "batch_top_k" else {}
                 measured.append(train_and_measure(features, sae | k, c2r, seed, args.steps, args.lr))
-            figures = {
-                name: {"mean": statistics.fmean(each), "sd": statistics.pstdev(each), "seeds": each}
-                for name in measured[0]
-                for each in [[row[name] for row in measured]]
-            }
+            figures = {name: over_seeds([row[name] for row in measured]) for name in measured[0]}
             rows.append({"parameters": parameters, "sae": sae | k, "c2r": c2r, "figures": figures})
             if not args.json:
                 shown = " ".join(f"{n} {figures[n]['mean']:.3f}±{figures[n]['sd']:.3f}" for n in SHOWN[args.preset])

@@ -1,6 +1,7 @@
 """Offline, one thread (threads fight on small machines), shapes of public functions checked as they run."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -32,12 +33,39 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def quick_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A meta-SAE of few steps, where its figure is not what is tested."""
+    from c2r.eval import composition
+
+    monkeypatch.setattr(composition, "_PASSES", 5)
+    monkeypatch.setattr(composition, "_STEPS", 20)
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Random models of five families, made from configs and saved as any Hugging Face model is."""
     from helpers import save_tiny_models
 
     return save_tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path], corpus: Path) -> Path:
+    """The folder of a run of seconds, for `tiny_run` to copy."""
+    from c2r.train.trainer import train
+    from helpers import run_config
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(run_config(folder, tiny_models["llama"], corpus))
+    return folder
+
+
+@pytest.fixture
+def tiny_run(trained: Path, tmp_path: Path) -> dict[str, Path]:
+    """SAEs `baseline` and `c2r` on the tiny Llama, in a copy of their run's folder of the test's own: `run`."""
+    shutil.copytree(trained, tmp_path / "run")
+    return {name: tmp_path / "run" / name for name in ("baseline", "c2r")}
 
 
 @pytest.fixture(scope="session")

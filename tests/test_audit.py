@@ -11,14 +11,12 @@ from c2r.cli import main
 from c2r.eval.findings import findings, look
 from c2r.report.audit import print_audit, write_audit
 from c2r.sae.base import SAE
-from c2r.train.trainer import train
-from helpers import run_config
 
 
 @pytest.fixture
-def foreign(tiny_models: dict[str, Path], corpus: Path, tmp_path: Path) -> Path:
+def foreign(tiny_run: dict[str, Path]) -> Path:
     """A folder as SAELens writes it, without our section."""
-    folder = train(run_config(tmp_path / "run", tiny_models["llama"], corpus))["c2r"]
+    folder = tiny_run["c2r"]
     config = json.loads((folder / "cfg.json").read_text())
     del config["c2r"]
     (folder / "cfg.json").write_text(json.dumps(config))

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +28,7 @@ from c2r.eval.detection import Nonsense, read_explanation, read_numbers
 from c2r.eval.endpoint import Patience
 from c2r.eval.judge import JudgeConfig
 from c2r.sae.base import SAE
-from c2r.train.trainer import train
-from helpers import TEXT, run_config
+from helpers import TEXT
 from stub_judge import Reply, StubJudge, coin, fault, oracle, question_of, said
 
 WORDS, TOKENS = 60, 9600
@@ -227,6 +227,15 @@ def test_an_sae_without_windows_leaves_the_other(tmp_path: Path) -> None:
     assert good.summary["autointerp"] == 1.0
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a shell's background jobs are told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_keeps_what_was_answered(tmp_path: Path) -> None:
     def interrupting(number: int, body: dict[str, Any]) -> Reply:
         if number == 9:
@@ -296,15 +305,14 @@ def test_explanations() -> None:
 
 
 def test_from_the_command_line(
-    tiny_models: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    tiny_run: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Trained, judged and tabulated; the key is in no file and no output, though the endpoint repeats it."""
     monkeypatch.setenv("C2R_CACHE", str(tmp_path / "cache"))
-    folders = train(run_config(tmp_path / "run", tiny_models["llama"], corpus))
     text, words = tmp_path / "text.txt", TEXT.replace(".", "").replace(",", "").split()
     text.write_text(" ".join(np.random.default_rng(0).choice(words, 6000)))
-    arguments = ["eval", *map(str, folders.values()), "--suite", "splitting,autointerp", "--path", str(text),
+    arguments = ["eval", *map(str, tiny_run.values()), "--suite", "splitting,autointerp", "--path", str(text),
                  "--tokens", "4000", "--out", str(tmp_path / "out")]  # fmt: skip
     with pytest.raises(SystemExit):
         main(arguments)

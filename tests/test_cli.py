@@ -24,6 +24,7 @@ def run_yaml(tmp_path: Path, model: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("quick_meta")
 def test_train_eval_and_report(
     tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,13 +51,13 @@ def test_train_eval_and_report(
     assert format(figures["reconstruction_quality"]["explained_variance"], ".4f") in text
 
 
+@pytest.mark.usefixtures("quick_meta")
 def test_eval_on_other_text_and_model(
-    tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_models: dict[str, Path], tiny_run: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["train", str(run_yaml(tmp_path, tiny_models["llama"]))])
     other = tmp_path / "other.txt"
     other.write_text("Entirely different words stand here. " * 20)
-    sae, out = str(tmp_path / "run" / "c2r"), tmp_path / "out"
+    sae, out = str(tiny_run["c2r"]), tmp_path / "out"
     main(
         ["eval", sae, "--model", str(tiny_models["qwen3"]), "--path", str(other), "--tokens", "100", "--out", str(out)]
     )
@@ -75,9 +76,8 @@ def test_eval_on_other_text_and_model(
     assert f"the text ended after {recorded:,} of 1,000,000" in printed
 
 
-def test_an_sae_cannot_have_its_code_run(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    main(["train", str(run_yaml(tmp_path, tiny_models["llama"]))])
-    folder = tmp_path / "run" / "c2r"
+def test_an_sae_cannot_have_its_code_run(tiny_run: dict[str, Path]) -> None:
+    folder = tiny_run["c2r"]
     config = json.loads((folder / "cfg.json").read_text())
     config["c2r"]["model"] |= {"trust_remote_code": True, "revision": "deadbeef"}
     (folder / "cfg.json").write_text(json.dumps(config))

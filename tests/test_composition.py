@@ -33,6 +33,7 @@ def test_few_distinct_rows_are_explained_whole() -> None:
     assert found.explained_variance > 0.99
 
 
+@pytest.mark.usefixtures("quick_meta")
 def test_same_seed_same_figure_whatever_the_norms() -> None:
     rows = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
     first = composition(rows, seed=1)
@@ -50,6 +51,7 @@ def test_no_figure_where_there_is_nothing_to_learn() -> None:
     assert composition(torch.zeros(0, 8)).rows == 0
 
 
+@pytest.mark.usefixtures("quick_meta")
 def test_many_rows_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROWS", 32)
     assert composition(torch.randn(100, 8)).rows == 32

@@ -79,6 +79,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("train.lr", r"expected a\.b=c"),
         ("saes.7.k=1", r"'7' is not an index of a list of 2"),
         ("seed.x=1", r"seed is 0, which has no fields"),
+        ("saes.1.c2r=", "--set saes.1.c2r=: nothing given; write null"),
     ],
 )
 def test_faults_are_named(override: str, says: str, tmp_path: Path) -> None:
@@ -93,11 +94,20 @@ def test_faults_are_named(override: str, says: str, tmp_path: Path) -> None:
         ("- 1\n", "expected a mapping"),
         ("", "expected a mapping"),
         ("seed: 1", "output"),
+        ("output: a\nsaes:\n  - name: b\n    c2r:\n      # strength: 0.3\n", r"line 4, 'c2r:': nothing given; .*null"),
+        ("output: a\ntrain: {tokens: 1, lr: }\n", r"line 2, .*: nothing given"),
+        ("output:\n", r"line 1, 'output:': nothing given"),
     ],
 )
 def test_unreadable_files(text: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=says):
         load_config(write(tmp_path, text))
+
+
+def test_null_that_is_meant_is_written(tmp_path: Path) -> None:
+    for null in ("null", "~", "Null"):
+        config = load_config(write(tmp_path, GOOD.replace("{strength: 0.9}", null)))
+        assert config.saes[1].c2r is None
 
 
 def test_missing_and_binary_files(tmp_path: Path) -> None:

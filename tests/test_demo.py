@@ -16,6 +16,7 @@ from helpers import run_config
 FIGURES = {"ev", "known_absorption", "hole", "latents_per_parent", "mcc"}
 
 
+@pytest.mark.usefixtures("quick_meta")
 def test_both_panels(
     tiny_models: dict[str, Path],
     corpus: Path,

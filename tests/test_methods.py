@@ -1,5 +1,6 @@
 """Every method: what it encodes, what it saves, that C²R acts on it; starting from an SAE; the ablations."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -67,13 +68,19 @@ def configured(method: str, **changes: Any) -> SAEConfig:
     return METHODS[method].model_validate({"name": method, "width": TREE.features, **settings, **changes})
 
 
-def trained(method: str, steps: int = 300, **changes: Any) -> Run[Any]:
+def trained(method: str, steps: int = 200, precision: str = "float32", **changes: Any) -> Run[Any]:
     config = configured(method, **changes)
-    run = Run(config, TrainConfig(tokens=steps * 256, batch=256, lr=3e-3, precision="float32"), TREE.d_in)
+    run = Run(config, TrainConfig(tokens=steps * 256, batch=256, lr=3e-3, precision=precision), TREE.d_in)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         run.step(TREE.sample(256, generator).x_BD / SCALE)
     return run
+
+
+@functools.cache
+def plain(method: str) -> SAE:
+    """What `trained` leaves as it is, for several tests."""
+    return trained(method).export()
 
 
 def fresh(tokens: int = 4000) -> Tensor:
@@ -90,13 +97,13 @@ def explained(sae: SAE, x: Tensor) -> float:
 @pytest.mark.parametrize("method", list(METHODS))
 def test_c2r_lowers_cosines_and_keeps_the_reconstruction(method: str) -> None:
     x = fresh()
-    plain, pressed = (trained(method, c2r=c).export() for c in (None, {"strength": 0.1}))
-    cosine = [nearest_neighbors(sae.W_dec.detach()).cosine.mean().item() for sae in (plain, pressed)]
+    pressed = trained(method, c2r={"strength": 0.1}).export()
+    cosine = [nearest_neighbors(sae.W_dec.detach()).cosine.mean().item() for sae in (plain(method), pressed)]
     assert cosine[1] < cosine[0]
-    assert explained(plain, x) > 0.6
+    assert explained(plain(method), x) > 0.6
     # A fixed number of latents a token serves merged rows, which C²R presses apart (docs/methods.md): it costs more.
     allowed = 0.05 if method in ("top_k", "abs_top_k") else 0.02
-    assert explained(pressed, x) > explained(plain, x) - allowed
+    assert explained(pressed, x) > explained(plain(method), x) - allowed
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -125,8 +132,7 @@ def test_training_and_inference_encode_alike(method: str) -> None:
 
 @pytest.mark.parametrize("method", BATCH_FAMILY)
 def test_inference_l0_stays_at_k(method: str) -> None:
-    sae = trained(method, 600).export()
-    l0 = (sae.encode(fresh(20_000)) > 0).sum(1).float().mean().item()
+    l0 = (plain(method).encode(fresh(20_000)) > 0).sum(1).float().mean().item()
     assert l0 == pytest.approx(2, rel=0.1)
 
 
@@ -144,14 +150,8 @@ def test_every_method_trains_from_a_yaml(tiny_models: dict[str, Path], tmp_path:
 
 @pytest.mark.parametrize("method", ["standard", "gated", "jump_relu", "matryoshka_batch_top_k", "abs_top_k"])
 def test_bfloat16_product(method: str) -> None:
-    quality = []
-    for precision in ("float32", "bfloat16"):
-        run = Run(configured(method), TrainConfig(tokens=200 * 256, batch=256, lr=3e-3, precision=precision), TREE.d_in)
-        generator = torch.Generator().manual_seed(1)
-        for _ in range(200):
-            run.step(TREE.sample(256, generator).x_BD / SCALE)
-        quality.append(explained(run.export(), fresh()))
-    assert quality[1] == pytest.approx(quality[0], abs=0.05)
+    half = trained(method, precision="bfloat16").export()
+    assert explained(half, fresh()) == pytest.approx(explained(plain(method), fresh()), abs=0.05)
 
 
 # What C²R sees

@@ -18,8 +18,6 @@ from c2r.eval.suite import evaluate
 from c2r.interop.saelens import save_sae
 from c2r.presets import preset
 from c2r.sae.base import SAE, Extra
-from c2r.train.trainer import train
-from helpers import run_config
 
 TREE = known_features(preset("tree", parents=3, children=2, independent=4, d_in=16, magnitude_spread=0.3))
 PARENTS = range(3)
@@ -220,12 +218,9 @@ def test_recovery_reads_the_preset_from_the_folder(tmp_path: Path) -> None:
     assert evaluate(folders, tmp_path / "out", suites=("recovery",), tokens=3000, seed=1) != results
 
 
-def test_recovery_of_an_sae_of_a_language_model_is_refused(
-    tiny_models: dict[str, Path], corpus: Path, tmp_path: Path
-) -> None:
-    folders = train(run_config(tmp_path / "run", tiny_models["llama"], corpus))
+def test_recovery_of_an_sae_of_a_language_model_is_refused(tiny_run: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="c2r, recovery: ValueError: recovery needs an SAE trained on known features"):
-        evaluate([folders["c2r"]], suites=("recovery",))
+        evaluate([tiny_run["c2r"]], suites=("recovery",))
     save_sae(true_sae(), tmp_path / "foreign", metadata={}, c2r={})
     with pytest.raises(ValueError, match=r"what its cfg\.json does not say"):
         evaluate([tmp_path / "foreign"], suites=("recovery",))

@@ -18,15 +18,12 @@ import torch
 
 from c2r.cli import main
 from c2r.config import ModelConfig
-from c2r.eval import suite
 from c2r.eval.core import run_core
 from c2r.eval.sae_bench import FOREIGN, _model_name
-from c2r.eval.suite import SUITES, evaluate
+from c2r.eval.suite import MODEL_FREE, SUITES, evaluate
 from c2r.interop.sae_bench import HandedSAE, check_installed, mended_ravel
 from c2r.interop.saelens import load_sae
 from c2r.sae.base import SAE, Extra
-from c2r.train.trainer import train
-from helpers import run_config
 
 FAKE = {
     "sae_bench_utils/activation_collection.py": """
@@ -179,11 +176,14 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def pythia(tiny_models: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def pythia(tiny_models: dict[str, Path], tiny_run: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Two trained SAEs that say they were trained on Pythia 160M, whose name leads to a tiny model."""
     monkeypatch.setattr("c2r.data.harvest.model_path", lambda _: str(tiny_models["gpt_neox"]))
-    folders = train(run_config(tmp_path / "run", "EleutherAI/pythia-160m-deduped", corpus))
-    return list(folders.values())
+    for folder in tiny_run.values():
+        config = json.loads((folder / "cfg.json").read_text())
+        config["c2r"]["model"]["name"] = "EleutherAI/pythia-160m-deduped"
+        (folder / "cfg.json").write_text(json.dumps(config))
+    return list(tiny_run.values())
 
 
 def result_of(folder: Path, name: str) -> dict[str, object]:
@@ -240,8 +240,11 @@ def test_tpp_and_scr_carry_their_warning(
     assert result["eval_result_unstructured"]["summary"] == {f"saebench_{which}": 0.25}
 
 
-def test_failures_are_told_and_stop_nothing(fake: Path, pythia: list[Path], tmp_path: Path) -> None:
+def test_failures_are_told_and_stop_nothing(
+    fake: Path, pythia: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     suites = ("saebench:absorption", "saebench:sparse_probing", "saebench:meta_structure")
+    monkeypatch.setattr("c2r.eval.suite.load_language_model", None)  # sae-bench loads its own, and no text is read
     with pytest.raises(ValueError) as error:
         evaluate([pythia[0]], tmp_path / "out", suites=suites)
     assert "saebench:absorption: ValueError: sae-bench wrote no result" in str(error.value)
@@ -285,8 +288,8 @@ def test_models_by_their_names() -> None:
     assert _model_name("scr", *tables, gemma) == "gemma-2-2b"
     assert _model_name("scr", *tables, ModelConfig(name="Qwen/Qwen3-1.7B")) == "Qwen/Qwen3-1.7B"
     assert _model_name("meta_structure", *tables, ModelConfig()) == "embedded"
-    assert {f"saebench:{name}" for name in FOREIGN} <= set(SUITES)
-    assert suite.SUITES["core"] is run_core
+    assert {f"saebench:{name}" for name in FOREIGN} <= set(MODEL_FREE)
+    assert SUITES["core"] is run_core
 
 
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk", "gated"])

@@ -8,12 +8,10 @@ import torch
 
 from c2r.eval.suite import evaluate
 from c2r.interop.saelens import load_sae, save_sae
-from c2r.train.trainer import train
-from helpers import run_config
 
 
-def test_a_duplicate_is_shown_to_the_reader(tiny_models: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
-    folder = train(run_config(tmp_path / "run", tiny_models["llama"], corpus))["baseline"]
+def test_a_duplicate_is_shown_to_the_reader(tiny_run: dict[str, Path], tmp_path: Path) -> None:
+    folder = tiny_run["baseline"]
     sae = load_sae(folder)
     with torch.no_grad():
         for tensor in (sae.W_enc, sae.b_enc, sae.W_dec, sae.threshold):

@@ -28,6 +28,7 @@ from helpers import CONFIGS, run_config
 # The whole way
 
 
+@pytest.mark.usefixtures("quick_meta")
 @pytest.mark.parametrize("family", list(CONFIGS))
 def test_text_to_evaluated_sae(family: str, tiny_models: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     config = run_config(tmp_path / "run", tiny_models[family], corpus)
@@ -87,21 +88,27 @@ def trained(steps: int = 400, precision: str = "float32", **changes: Any) -> Run
     return run
 
 
-def test_inference_l0_is_k_on_fresh_activations() -> None:
-    sae = trained().export()
+@pytest.fixture(scope="module")
+def plain() -> Run:
+    """What `trained` gives as it is."""
+    return trained()
+
+
+def test_inference_l0_is_k_on_fresh_activations(plain: Run) -> None:
+    sae = plain.export()
     l0 = (sae.encode(planted(10**6, tokens=4096)) > 0).sum(1).float().mean().item()
     assert l0 == pytest.approx(4, rel=0.1)
 
 
-def test_c2r_lowers_the_cosines_it_is_given() -> None:
-    plain, pressed = trained(), trained(c2r=ConsistencyConfig(strength=2.0))
+def test_c2r_lowers_the_cosines_it_is_given(plain: Run) -> None:
+    pressed = trained(c2r=ConsistencyConfig(strength=2.0))
     cosine = [nearest_neighbors(run.sae.W_dec.detach()).cosine.mean().item() for run in (plain, pressed)]
     assert cosine[1] < 0.85 * cosine[0]
 
 
-def test_bfloat16_product_trains_to_the_same_quality() -> None:
+def test_bfloat16_product_trains_to_the_same_quality(plain: Run) -> None:
     x = planted(10**6, tokens=4096)
-    error = [(run.export()(x) - x).square().sum(1).mean().item() for run in (trained(), trained(precision="bfloat16"))]
+    error = [(run.export()(x) - x).square().sum(1).mean().item() for run in (plain, trained(precision="bfloat16"))]
     assert error[1] == pytest.approx(error[0], rel=0.1)
 
 
@@ -335,6 +342,7 @@ def test_overwrite_replaces_an_earlier_run(tiny_models: dict[str, Path], corpus:
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"run.yaml", "metrics.jsonl", "other"}
 
 
+@pytest.mark.usefixtures("quick_meta")
 def test_evaluations_that_do_not_fit_are_refused(tiny_models: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     folders = train(run_config(tmp_path / "a", tiny_models["llama"], corpus))
     first_layer = {"model": {"name": str(tiny_models["llama"]), "layer": 0}}

@@ -56,6 +56,7 @@ def evaluate(
     context: int | None = None,
     tokens: int = 50_000,
     probe_data: str | None = None,
+    set: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(metavar="A.B=C")] = (),
     seed: int = 0,
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -79,6 +80,7 @@ def evaluate(
         context: Tokens of a row. Default: as in the SAE's training.
         tokens: Tokens to evaluate on.
         probe_data: For probing: a .jsonl file of {"text", "label"} or a data set. Default: the standard library's.
+        set: Settings of absorption, for example absorption.seeds=5 (docs/evaluations.md has them all).
         seed: Order of the text.
         device: auto, cpu, cuda, cuda:1…
         trust_remote_code: Let code that the model brings run.
@@ -88,26 +90,36 @@ def evaluate(
         judge_options: For autointerp: further fields of a request as a JSON object, such as '{"temperature": 0}'.
         max_requests: For autointerp: refuse, before the first request, what would take more.
     """
+    from c2r.eval.first_letter_absorption import absorption_of
     from c2r.eval.judge import judge_of
+    from c2r.eval.suite import EvaluationError
     from c2r.eval.suite import evaluate as evaluate_saes
     from c2r.report.table import print_results
 
     changes = {"source": source, "path": path, "split": split, "text_field": text_field, "context": context}
-    results = evaluate_saes(
-        list(saes),
-        out,
-        suites=tuple(suite.split(",")),
-        model=model,
-        data=_text(changes),
-        tokens=tokens,
-        probe_data=probe_data,
-        seed=seed,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        judge=judge_of(judge_url, judge_model, judge_latents, judge_options, max_requests),
-    )
-    print_results(results)
-    print(f"results: {out or ', '.join(sorted({str(folder.parent / 'evaluations') for folder in saes}))}")
+    failed = None
+    try:
+        results = evaluate_saes(
+            list(saes),
+            out,
+            suites=tuple(suite.split(",")),
+            model=model,
+            data=_text(changes),
+            tokens=tokens,
+            probe_data=probe_data,
+            absorption=absorption_of(value for values in set for value in values),
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            judge=judge_of(judge_url, judge_model, judge_latents, judge_options, max_requests),
+        )
+    except EvaluationError as error:
+        results, failed = error.results, error
+    if any(results.values()):
+        print_results(results)
+        print(f"results: {out or ', '.join(sorted({str(folder.parent / 'evaluations') for folder in saes}))}")
+    if failed is not None:
+        raise failed
 
 
 def audit(

@@ -118,25 +118,46 @@ class RunConfig(Frozen):
         return self
 
 
+class _EmptyError(ValueError):
+    """A key without a value."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loading in which a key without a value is a mistake: an empty `c2r:` would train a baseline in silence."""
+
+    def construct_yaml_null(self, node: Any) -> None:
+        if not node.value:
+            line = node.start_mark.get_snippet(indent=0).splitlines()[0].strip()
+            raise _EmptyError(
+                f"line {node.start_mark.line + 1}, {line!r}: nothing given; fill it in, leave it out, or write null "
+                "where nothing is meant"
+            )
+
+
+_Loader.add_constructor("tag:yaml.org,2002:null", _Loader.construct_yaml_null)
+
+
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Read a run's YAML and apply `a.b=c` overrides (`saes.0.k=16` reaches into lists).
 
     Raises:
-        ValueError: no such file, not YAML, an override that fits nowhere, or values that the configuration refuses;
-            each names the field, what was given and what is accepted.
+        ValueError: no such file, not YAML, a key without a value, an override that fits nowhere, or values that the
+            configuration refuses; each names the field, what was given and what is accepted.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the configuration {path}: {error}") from error
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, Loader=_Loader)
+    except _EmptyError as error:
+        raise ValueError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not readable YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a mapping of output, model, data, train, saes…, got {type(raw).__name__}")
     for override in overrides:
-        _override(raw, override)
+        set_value(raw, override)
     return parse_config(raw, str(path))
 
 
@@ -184,7 +205,12 @@ def _fields_at(location: tuple[int | str, ...], raw: dict[str, Any]) -> list[str
     return [field.alias or name for name, field in fields.items()]
 
 
-def _override(raw: Any, override: str) -> None:
+def set_value(raw: Any, override: str) -> None:
+    """Carry out `a.b=c` on nested dicts and lists.
+
+    Raises:
+        ValueError: it is not of that form, or fits nowhere.
+    """
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ValueError(f"--set: got {override!r}; expected a.b=c, for example train.lr=3e-4 or saes.0.k=16")
@@ -200,6 +226,8 @@ def _override(raw: Any, override: str) -> None:
         else:
             raise ValueError(f"--set {override}: {'.'.join(parts[:depth])} is {node!r}, which has no fields")
         if last:
+            if not value.strip():
+                raise ValueError(f"--set {override}: nothing given; write null where nothing is meant")
             try:
                 node[place] = yaml.safe_load(value)
             except yaml.YAMLError as error:

@@ -5,11 +5,12 @@ n real tokens · D width of the activations.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from c2r import __version__
 from c2r.config import DataConfig, ModelConfig
 from c2r.data.harvest import LanguageModel
 from c2r.data.tokens import Rows, packed_rows
@@ -30,6 +32,9 @@ from c2r.eval.results import Metrics
 from c2r.sae.base import SAE
 
 Tensors = dict[str, Tensor]
+FAILURES = (ValueError, RuntimeError, ArithmeticError, OSError)
+"""What an SAE, a text or the machine may be at fault for, and what ends one evaluation alone. Anything else is our
+fault, and is shown whole."""
 
 
 @dataclass
@@ -53,7 +58,8 @@ class Outcome:
 
 
 class Cache:
-    """Tensors on disk under a key of everything they depend on; made once, then read.
+    """Tensors on disk under a key of everything they depend on; made once, then read. Another version of c2r makes
+    them anew.
 
     Arguments:
         folder: None: `$C2R_CACHE`, or `c2r` in the user's cache folder.
@@ -65,7 +71,7 @@ class Cache:
 
     def get(self, kind: str, key: dict[str, Any], make: Callable[[], Tensors]) -> Tensors:
         """The tensors of `key`, from disk if they are there whole, else from `make`."""
-        text = json.dumps(key, sort_keys=True, default=str)
+        text = json.dumps({**key, "c2r": __version__}, sort_keys=True, default=str)
         path = self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
         if path.is_file():
             try:
@@ -117,6 +123,16 @@ class Bench:
 
         return {"model": self.model.model_dump(mode="json"), "identity": self.lm.identity, "lib": transformers_version}
 
+    @contextlib.contextmanager
+    def lm_on_cpu(self) -> Iterator[None]:
+        """While another language model needs the device's memory."""
+        device = self.lm.device
+        self.lm.model.to("cpu")
+        try:
+            yield
+        finally:
+            self.lm.model.to(device)
+
     def rows(self) -> Iterator[Rows]:
         """The held-out text in batches of rows, until `tokens` real ones have passed."""
         # Logits are the largest thing here: rows so many that a batch of them has at most 2²⁶ numbers.
@@ -137,10 +153,7 @@ class Bench:
             ValueError: the text holds no real token.
         """
         rows = list(self.rows())
-        digest = hashlib.sha256()
-        for part in rows:
-            digest.update(part.ids.numpy().tobytes())
-        key = {**self.model_key, "rows": digest.hexdigest(), "context": self.data.context}
+        key = {**self.model_key, "rows": rows_digest(rows)}
         found = self.cache.get("activations", key, lambda: self._collect(rows))
         return TextActivations(found["x"], found["ids"], found["row"], found["position"])
 
@@ -161,11 +174,23 @@ class Bench:
 
 @dataclass(frozen=True)
 class Setting:
-    """What an evaluation without a language model gets in place of a bench."""
+    """What an evaluation that needs no language model of ours gets in place of a bench."""
 
     tokens: int
     seed: int
     console: Console
+    device: torch.device
+    cache: Cache
+    model: str | None = None
+    """Name of the language model that replaces the one in each SAE's file."""
+
+
+def rows_digest(batches: Sequence[Rows]) -> str:
+    """What activations of rows depend on besides the model, and which positions of them are real."""
+    digest = hashlib.sha256()
+    for part in batches:
+        digest.update(f"{tuple(part.ids.shape)}".encode() + part.ids.numpy().tobytes() + part.real.numpy().tobytes())
+    return digest.hexdigest()
 
 
 Place = TypeVar("Place", Bench, Setting)
@@ -183,11 +208,17 @@ def each(
     def run(bench: Place, saes: dict[str, SAE]) -> Iterator[Outcome]:
         for name, sae in saes.items():
             try:
-                yield one(bench, name, sae)
-            except (ValueError, RuntimeError, ArithmeticError) as error:
-                yield Outcome(name, evaluation, error=f"{type(error).__name__}: {error}")
+                outcome = one(bench, name, sae)
+            except FAILURES as error:
+                outcome = failure(name, evaluation, error)
+            yield outcome
 
     return run
+
+
+def failure(name: str, evaluation: str, error: Exception) -> Outcome:
+    """The outcome of an evaluation that raised `error`."""
+    return Outcome(name, evaluation, error=f"{type(error).__name__}: {error}")
 
 
 def progress_bar(console: Console) -> Progress:

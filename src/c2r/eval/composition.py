@@ -61,10 +61,10 @@ def composition(decoder_AD: Tensor, *, seed: int = 0) -> Composition:
     return Composition(1 - (error / spread).item(), len(rows_AD), fired(codes).double().mean().item())
 
 
-def random_composition(rows: int, d_in: int, *, seed: int = 0) -> Composition:
+def random_composition(rows: int, d_in: int, *, seed: int = 0, device: torch.device | str = "cpu") -> Composition:
     """The same for as many random directions: what a dictionary without any composition has."""
     generator = torch.Generator().manual_seed(seed + 1)  # another than the meta-SAE's own
-    return composition(torch.randn(min(rows, ROWS), d_in, generator=generator), seed=seed)
+    return composition(torch.randn(min(rows, ROWS), d_in, generator=generator).to(device), seed=seed)
 
 
 class _Meta(NamedTuple):

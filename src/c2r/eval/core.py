@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from c2r.data.harvest import LanguageModel
 from c2r.data.tokens import Rows
-from c2r.eval.bench import Bench, Outcome, progress_bar
+from c2r.eval.bench import FAILURES, Bench, Outcome, failure, progress_bar
 from c2r.eval.results import Histogram, Metrics, histogram
 from c2r.neighbors import nearest_neighbors
 from c2r.sae.base import SAE
@@ -158,8 +158,13 @@ def evaluate_core(
     rows: Iterable[Rows],
     *,
     progress: Callable[[int], None] = lambda tokens: None,
+    failed: dict[str, Exception] | None = None,
 ) -> dict[str, CoreResult]:
-    """Evaluate SAEs on the same rows; the model's clean and zero-ablated passes are shared.
+    """Evaluate SAEs on the same rows; the model's clean pass, which gives the activations, and the zero-ablated one are
+    shared.
+
+    Arguments:
+        failed: takes what an SAE raises, which is then left out; None: it ends the evaluation.
 
     Raises:
         ValueError: an SAE of another width than the model's activations, or rows without a real token.
@@ -167,6 +172,7 @@ def evaluate_core(
     for name, sae in saes.items():
         if sae.d_in != lm.d_in:
             raise ValueError(f"{name}: the SAE reads activations of width {sae.d_in}, the model's have {lm.d_in}")
+    saes = dict(saes)
     clean, zero = Behaviour(), Behaviour()
     fidelity = {name: Fidelity(sae.width, sae.d_in) for name, sae in saes.items()}
     spliced = {name: Behaviour() for name in saes}
@@ -174,15 +180,22 @@ def evaluate_core(
         real = part.real.to(lm.device)
         if not real.any():
             continue
-        clean_RTV = lm.logits(part.ids)
+        seen: list[Tensor] = []
+        clean_RTV = lm.logits(part.ids, _keep(seen, real))
         clean.add(clean_RTV, clean_RTV, part)
         zero.add(lm.logits(part.ids, lambda h, real=real: h.masked_fill(real[..., None], 0)), clean_RTV, part)
-        x_RTD = lm.activations(part.ids)
-        for name, sae in saes.items():
-            acts_nF = sae.encode(x_RTD[real])
-            x_hat_nD = sae.decode(acts_nF)
-            fidelity[name].add(x_RTD[real], x_hat_nD, acts_nF)
-            spliced[name].add(lm.logits(part.ids, _splice(x_hat_nD, real)), clean_RTV, part)
+        x_nD = seen[0]
+        for name, sae in list(saes.items()):
+            try:
+                acts_nF = sae.encode(x_nD)
+                x_hat_nD = sae.decode(acts_nF)
+                fidelity[name].add(x_nD, x_hat_nD, acts_nF)
+                spliced[name].add(lm.logits(part.ids, _splice(x_hat_nD, real)), clean_RTV, part)
+            except FAILURES as error:
+                if failed is None:
+                    raise
+                failed[name] = error
+                del saes[name]
         progress(int(part.real.sum()))
     if clean.tokens == 0:
         raise ValueError("data: the evaluation's text holds no token besides BOS, EOS and padding")
@@ -197,9 +210,14 @@ def evaluate_core(
 
 def run_core(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
     """The core evaluation on the bench's text, all SAEs in one pass."""
+    failed: dict[str, Exception] = {}
     with progress_bar(bench.console) as bar:
         task = bar.add_task("core evaluation", total=bench.tokens)
-        results = evaluate_core(bench.lm, saes, bench.rows(), progress=lambda count: bar.update(task, advance=count))
+        results = evaluate_core(
+            bench.lm, saes, bench.rows(), progress=lambda count: bar.update(task, advance=count), failed=failed
+        )
+    for name, error in failed.items():
+        yield failure(name, "core", error)
     for name, result in results.items():
         seen = result.core["token_stats"]["total_tokens_eval_sparsity_variance"]
         if seen < bench.tokens:
@@ -223,6 +241,16 @@ def _neighbor_cosines(sae: SAE) -> dict[str, float]:
     """Over all latents, dead ones too, as SAEBench has them."""
     weights = {"encoder": sae.W_enc, "decoder": sae.W_dec}
     return {f"average_max_{k}_cosine_sim": nearest_neighbors(w).cosine.mean().item() for k, w in weights.items()}
+
+
+def _keep(seen: list[Tensor], real: Tensor) -> Callable[[Tensor], Tensor]:
+    """Leave the hook's output as it is, and append its real positions, fp32 `[n, D]`, to `seen`."""
+
+    def look(hidden: Tensor) -> Tensor:
+        seen.append(hidden[real].float())
+        return hidden
+
+    return look
 
 
 def _splice(x_hat_nD: Tensor, real: Tensor) -> Callable[[Tensor], Tensor]:

@@ -189,7 +189,8 @@ def collect(bench: Bench, words: dict[str, int], settings: FirstLetterSettings, 
     """
     drawn = draw(list(words), settings, seed)
     rows = token_rows(bench.lm.tokenizer, words, drawn, settings)
-    key: dict[str, Any] = {**bench.model_key, "ids": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
+    digest = hashlib.sha256(json.dumps([drawn.words, rows]).encode()).hexdigest()
+    key: dict[str, Any] = {**bench.model_key, "words and ids": digest}
 
     def make() -> dict[str, Tensor]:
         with progress_bar(bench.console) as bar:

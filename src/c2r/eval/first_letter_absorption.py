@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
+from pydantic import ValidationError
+
+from c2r.config import set_value
 from c2r.eval.absorbed import AbsorptionSettings
 from c2r.eval.absorption import Absorption, ClassResult, absorption
-from c2r.eval.bench import Bench, Outcome, each, progress_bar
+from c2r.eval.bench import FAILURES, Bench, Outcome, each, failure, progress_bar
 from c2r.eval.first_letter import LETTERS, Collection, FirstLetterSettings, collect, draw, words_of
 from c2r.methods import Frozen, Positive
 from c2r.sae.base import SAE
@@ -28,6 +32,31 @@ class AbsorptionEvaluation(Frozen):
     thresholds: AbsorptionSettings = AbsorptionSettings()
 
 
+def absorption_of(changes: Iterable[str]) -> AbsorptionEvaluation | None:
+    """The settings that the command line's `absorption.a.b=c` name; None where there are none.
+
+    Raises:
+        ValueError: another section, an unknown key or a value that is refused; names it.
+    """
+    raw: dict[str, Any] = {}
+    for change in changes:
+        set_value(raw, change)
+    if unknown := set(raw) - {"absorption"}:
+        raise ValueError(f"--set {min(unknown)}: unknown; accepted is absorption.…, for example absorption.seeds=5")
+    try:
+        return AbsorptionEvaluation.model_validate(raw["absorption"]) if raw else None
+    except ValidationError as error:
+        sections = {"prompts": FirstLetterSettings, "thresholds": AbsorptionSettings}
+        faults = []
+        for fault in error.errors():
+            section = sections.get(fault["loc"][0] if fault["loc"][1:] else None, AbsorptionEvaluation)
+            said = f"{fault['msg']} (got {fault['input']!r})"
+            if fault["type"] == "extra_forbidden":
+                said = f"unknown; accepted are {', '.join(section.model_fields)}"
+            faults.append(f"--set {'.'.join(map(str, ('absorption', *fault['loc'])))}: {said}")
+        raise ValueError("; ".join(faults)) from None
+
+
 def run_absorption(
     bench: Bench,
     saes: dict[str, SAE],
@@ -44,9 +73,8 @@ def run_absorption(
         for seed in seeds:
             draw(list(words), settings.prompts, seed)  # what cannot be drawn is refused before long work
         collections = [collect(bench, words, settings.prompts, seed) for seed in seeds]
-    except (ValueError, RuntimeError) as error:
-        for name in saes:
-            yield Outcome(name, EVALUATION, error=f"{type(error).__name__}: {error}")
+    except FAILURES as error:
+        yield from (failure(name, EVALUATION, error) for name in saes)
         return
     yield from each(EVALUATION, partial(_evaluate, collections, settings))(bench, saes)
 

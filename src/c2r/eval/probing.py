@@ -9,7 +9,6 @@ D width of the activations · F latents · n real tokens · P channels, D or F �
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import warnings
 from collections.abc import Iterable, Iterator
@@ -20,8 +19,8 @@ import torch
 from torch import Tensor
 
 from c2r.data.labelled import LabelledTexts, labelled_texts, stdlib_tasks
-from c2r.data.tokens import text_rows
-from c2r.eval.bench import Bench, Outcome, Tensors, each, progress_bar
+from c2r.data.tokens import Rows, text_rows
+from c2r.eval.bench import Bench, Outcome, Tensors, each, progress_bar, rows_digest
 from c2r.sae.base import SAE
 
 KS = (1, 2, 5)
@@ -198,12 +197,9 @@ def _read(bench: Bench, labelled: LabelledTexts) -> ProbeSet:
     names = list(labelled.texts)
     texts = [text for label in names for text in labelled.texts[label]]
     labels_T = torch.tensor([i for i, label in enumerate(names) for _ in labelled.texts[label]])
-    key = {
-        **bench.model_key,
-        "texts": hashlib.sha256("\0".join(texts).encode(errors="replace")).hexdigest(),
-        "context": bench.data.context,
-    }
-    found = bench.cache.get("texts", key, lambda: _collect(bench, labelled.name, texts))
+    batches = list(text_rows(texts, bench.lm.tokenizer, context=bench.data.context))
+    key = {**bench.model_key, "rows": rows_digest(batches)}
+    found = bench.cache.get("texts", key, lambda: _collect(bench, labelled.name, batches))
     # Each text's split depends on its own place, so that one without tokens moves no other.
     test_T = torch.cat([torch.arange(len(labelled.texts[label])) % round(1 / TEST_SHARE) == 0 for label in names])
     said_T = torch.bincount(found["text"], minlength=len(texts)) > 0
@@ -220,10 +216,9 @@ def _read(bench: Bench, labelled: LabelledTexts) -> ProbeSet:
     return data._replace(dense=dense)
 
 
-def _collect(bench: Bench, name: str, texts: list[str]) -> Tensors:
+def _collect(bench: Bench, name: str, batches: list[Rows]) -> Tensors:
     x_parts: list[Tensor] = []
     text_parts: list[Tensor] = []
-    batches = list(text_rows(texts, bench.lm.tokenizer, context=bench.data.context))
     first = 0
     with progress_bar(bench.console) as bar:
         for part in bar.track(batches, description=f"activations of {name}"):

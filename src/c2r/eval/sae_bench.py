@@ -1,7 +1,7 @@
 """Evaluations that the installed `sae-bench` makes: it is handed the SAE, and its result is filed beside ours.
 
 Written against sae-bench 0.6.0. It loads the language model (by TransformerLens or transformers) and its data sets from
-the Hugging Face Hub itself, under the names that it knows; the text and activations of c2r's bench are not used.
+the Hugging Face Hub itself, under the names that it knows; c2r loads none for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from rich.markup import escape
 
 from c2r.config import ModelConfig
-from c2r.eval.bench import Bench, Evaluation, Outcome, each
+from c2r.eval.bench import ModelFree, Outcome, Setting, each
+from c2r.eval.origin import model_of
 from c2r.interop.sae_bench import HandedSAE, check_installed, mended_ravel, shapes_unchecked
 from c2r.sae.base import SAE
 
@@ -76,7 +77,7 @@ FOREIGN = {
 """Name behind `saebench:` → evaluation. Those that c2r has too are here for comparison."""
 
 
-def _evaluate(which: str, bench: Bench, name: str, sae: SAE) -> Outcome:
+def _evaluate(which: str, setting: Setting, name: str, sae: SAE) -> Outcome:
     """Run SAEBench's evaluation `which` on one SAE.
 
     Raises:
@@ -84,17 +85,15 @@ def _evaluate(which: str, bench: Bench, name: str, sae: SAE) -> Outcome:
     """
     foreign, version = FOREIGN[which], check_installed()
     if foreign.warning is not None:
-        bench.console.print(f"[yellow]{escape(foreign.warning)}[/]")
-    device, grad = bench.lm.device, torch.is_grad_enabled()
-    bench.lm.model.to("cpu")  # sae-bench loads its own
+        setting.console.print(f"[yellow]{escape(foreign.warning)}[/]")
+    grad = torch.is_grad_enabled()
     try:
-        result = _run(which, bench, name, sae, str(device))
+        result = _run(which, setting, name, sae)
     except ValueError:
         raise
     except Exception as error:  # another's code: whatever it raises is its failure with this SAE, and no other's
         raise ValueError(f"sae-bench {version}: {type(error).__name__}: {error}") from error
     finally:
-        bench.lm.model.to(device)
         torch.set_grad_enabled(grad)  # which sae-bench sets as it likes
     category, figure = foreign.shown
     return Outcome(
@@ -102,8 +101,8 @@ def _evaluate(which: str, bench: Bench, name: str, sae: SAE) -> Outcome:
         result["eval_type_id"],
         result["eval_result_metrics"],
         {f"saebench_{which}": result["eval_result_metrics"][category][figure]},
-        # The bench's text is not what was evaluated on.
-        config={"data": None, "held_out": None, "tokens": None, **result["eval_config"]},
+        # c2r's model and text are not what was evaluated on.
+        config={"model": None, "data": None, "held_out": None, "tokens": None, **result["eval_config"]},
         details=result.get("eval_result_details") or [],
         unstructured={
             **(result.get("eval_result_unstructured") or {}),
@@ -114,27 +113,27 @@ def _evaluate(which: str, bench: Bench, name: str, sae: SAE) -> Outcome:
     )
 
 
-def _run(which: str, bench: Bench, name: str, sae: SAE, device: str) -> dict[str, Any]:
+def _run(which: str, setting: Setting, name: str, sae: SAE) -> dict[str, Any]:
     """Hand the SAE over, and read the one result file that comes back."""
-    foreign = FOREIGN[which]
+    foreign, model = FOREIGN[which], model_of(sae.config, setting.model)
     module = importlib.import_module(f"sae_bench.evals.{foreign.module}.main")
     batches = importlib.import_module("sae_bench.sae_bench_utils.activation_collection").LLM_NAME_TO_BATCH_SIZE
-    model_name = _model_name(which, getattr(module, "LLM_NAME_MAP", {}), batches, bench.model)
+    model_name = _model_name(which, getattr(module, "LLM_NAME_MAP", {}), batches, model)
     batch = batches.get(model_name, 32)
     settings = {
         "model_name": model_name,
-        "random_seed": bench.seed,
+        "random_seed": setting.seed,
         "llm_batch_size": max(1, batch // 4) if which == "ravel" else batch,  # as sae-bench's own command line
-        "llm_dtype": bench.model.dtype,
+        "llm_dtype": model.dtype,
         **foreign.settings,
     }
     config_class = getattr(module, foreign.config)
     known = {each_field.name for each_field in fields(config_class)}
     config = config_class(**{key: value for key, value in settings.items() if key in known})
-    handed = HandedSAE(sae, bench.model, model_name)
+    handed = HandedSAE(sae, model, model_name)
     mending = mended_ravel() if which == "ravel" else contextlib.nullcontext()
-    with _scratch(bench.cache.folder / "sae_bench") as out, mending, shapes_unchecked(), torch.enable_grad():
-        module.run_eval(config, [(name, handed)], device, str(out), force_rerun=True, **foreign.arguments)
+    with _scratch(setting.cache.folder / "sae_bench") as out, mending, shapes_unchecked(), torch.enable_grad():
+        module.run_eval(config, [(name, handed)], str(setting.device), str(out), force_rerun=True, **foreign.arguments)
         written = sorted(out.rglob("*_eval_results.json"))
         if len(written) != 1:
             raise ValueError("sae-bench wrote no result; what it printed says why")
@@ -174,6 +173,6 @@ def _scratch(home: Path) -> Iterator[Path]:
             os.chdir(before)
 
 
-def foreign_suites() -> dict[str, Evaluation]:
-    """Rows for `SUITES`."""
+def foreign_suites() -> dict[str, ModelFree]:
+    """Rows for `MODEL_FREE`."""
     return {f"{PREFIX}{which}": each(f"{PREFIX}{which}", functools.partial(_evaluate, which)) for which in FOREIGN}

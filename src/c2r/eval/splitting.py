@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from c2r.eval.bench import Bench, Outcome, each
+from c2r.eval.bench import Bench, Outcome, Tensors, each
 from c2r.eval.cofiring import Cofiring
 from c2r.eval.composition import composition, random_composition
 from c2r.eval.reading import pairs_to_read
@@ -50,13 +50,13 @@ def evaluate_splitting(bench: Bench, name: str, sae: SAE) -> Outcome:
 
 def _composition_floor(bench: Bench, rows: int, d_in: int) -> float:
     """What as many random directions have; the same for all SAEs of a shape, so kept in the cache."""
-    key = {"rows": rows, "d_in": d_in, "seed": bench.seed, "torch": torch.__version__}
-    found = bench.cache.get(
-        "composition",
-        key,
-        lambda: {"ev": torch.tensor(random_composition(rows, d_in, seed=bench.seed).explained_variance)},
-    )
-    return found["ev"].item()
+    key = {"rows": rows, "d_in": d_in, "seed": bench.seed, "torch": torch.__version__, "on": bench.lm.device.type}
+
+    def make() -> Tensors:
+        floor = random_composition(rows, d_in, seed=bench.seed, device=bench.lm.device)
+        return {"ev": torch.tensor(floor.explained_variance)}
+
+    return bench.cache.get("composition", key, make)["ev"].item()
 
 
 run_splitting = each("splitting", evaluate_splitting)

@@ -32,7 +32,8 @@ def matched_cosine(a_FD: Tensor, b_GD: Tensor) -> float:
     """Mean |cos| over the pairing of rows with the largest sum of it; min(F, G) pairs, each row in one at most."""
     from scipy.optimize import linear_sum_assignment
 
-    cosine_FG = (F.normalize(a_FD.float(), dim=1) @ F.normalize(b_GD.float(), dim=1).T).abs().cpu().numpy()
+    a_FD, b_GD = F.normalize(a_FD.float(), dim=1), F.normalize(b_GD.to(a_FD.device).float(), dim=1)
+    cosine_FG = (a_FD @ b_GD.T).abs().cpu().numpy()
     return float(cosine_FG[linear_sum_assignment(cosine_FG, maximize=True)].mean())
 
 

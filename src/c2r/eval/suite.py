@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from c2r.config import DataConfig, ModelConfig
 from c2r.data.harvest import load_language_model, pick_device
 from c2r.data.labelled import check_labelled
 from c2r.data.tokens import check_source
 from c2r.eval.audit import run_audit
 from c2r.eval.autointerp import NEEDED, run_autointerp
-from c2r.eval.bench import Bench, Cache, Evaluation, ModelFree, Outcome, Setting
+from c2r.eval.bench import FAILURES, Bench, Cache, Evaluation, ModelFree, Outcome, Setting, failure
 from c2r.eval.core import run_core
-from c2r.eval.first_letter_absorption import run_absorption
+from c2r.eval.first_letter_absorption import AbsorptionEvaluation, run_absorption
 from c2r.eval.judge import JudgeConfig
+from c2r.eval.origin import data_of, model_of
 from c2r.eval.probing import run_probing
 from c2r.eval.recovery import run_recovery
 from c2r.eval.results import write_result
@@ -34,6 +33,7 @@ from c2r.interop.saelens import load_sae
 from c2r.sae.base import SAE
 
 Summary = dict[str, float | None]
+Run = Callable[[dict[str, SAE]], Iterator[Outcome]]
 SUITES: dict[str, Evaluation] = {
     "core": run_core,
     "absorption": run_absorption,
@@ -41,10 +41,19 @@ SUITES: dict[str, Evaluation] = {
     "probing": run_probing,
     "autointerp": run_autointerp,
     "audit": run_audit,
-} | foreign_suites()
+}
 """Name on the command line → evaluation. A new evaluation is a function and a row."""
-MODEL_FREE: dict[str, ModelFree] = {"recovery": run_recovery, "stability": run_stability}
-"""The same for those that need no language model; where no other is asked for, none is loaded."""
+MODEL_FREE: dict[str, ModelFree] = {"recovery": run_recovery, "stability": run_stability} | foreign_suites()
+"""The same for those that need no language model of ours; where no other is asked for, none is loaded."""
+
+
+class EvaluationError(ValueError):
+    """Some evaluations failed; all others are written, and are in `results` as `evaluate` returns them."""
+
+    def __init__(self, failed: list[str], results: dict[str, Summary]) -> None:
+        lines = "\n".join(f"  {line}" for line in failed)
+        super().__init__(f"evaluations failed, the others are written:\n{lines}")
+        self.results = results
 
 
 def evaluate(
@@ -61,6 +70,7 @@ def evaluate(
     cache: Path | None = None,
     judge: JudgeConfig | None = None,
     probe_data: str | None = None,
+    absorption: AbsorptionEvaluation | None = None,
     console: Console | None = None,
 ) -> dict[str, Summary]:
     """Evaluate SAEs that read the same hook point; every result is on disk as soon as it is known.
@@ -77,14 +87,15 @@ def evaluate(
         cache: folder for activations; None: `$C2R_CACHE`, or `c2r` in the user's cache folder.
         judge: whom autointerp asks.
         probe_data: labelled texts for "probing", a .jsonl file or a data set; None: the standard library's.
+        absorption: settings of "absorption" (seeds, prompts, thresholds); None: the canonical ones.
 
     Returns:
         What the table shows of each SAE, by name.
 
     Raises:
         ValueError: an unknown suite, a folder that is no SAE, SAEs of different hook points, a model that does not
-            fit, or text without tokens; and at the very end, when all other results are written, evaluations that
-            failed.
+            fit, or text without tokens.
+        EvaluationError: at the very end, when all other results are written: evaluations that failed.
     """
     console = console or Console(stderr=True)
     for suite in suites:
@@ -103,12 +114,13 @@ def evaluate(
     chosen_device = pick_device(device)
     names = _names(folders)
     saes = {name: load_sae(folder).to(chosen_device) for name, folder in names.items()}
+    kept = Cache(cache)
     settings: dict[str, Any] = {"tokens": tokens, "seed": seed}
-    runs: dict[str, Callable[[dict[str, SAE]], Iterator[Outcome]]] = {
-        suite: partial(run, Setting(tokens, seed, console)) for suite, run in MODEL_FREE.items()
-    }
+    alone = Setting(tokens, seed, console, chosen_device, kept, model)
+    runs: dict[str, Run] = {suite: partial(run, alone) for suite, run in MODEL_FREE.items()}
+    bench = None
     if not set(suites) <= set(MODEL_FREE):
-        bench = _bench(saes, model, data or {}, tokens, seed, chosen_device, trust_remote_code, cache, console)
+        bench = _bench(saes, model, data or {}, tokens, seed, chosen_device, trust_remote_code, kept, console)
         bench.judge, bench.probe_data = judge, probe_data
         settings |= {
             "model": bench.model.model_dump(mode="json"),
@@ -116,29 +128,44 @@ def evaluate(
             "held_out": bench.data.source == "stdlib",
         }
         runs |= {suite: partial(run, bench) for suite, run in SUITES.items()}
+        if absorption is not None:
+            runs["absorption"] = partial(run_absorption, bench, settings=absorption)
     summaries: dict[str, Summary] = {name: {} for name in names}
     failed: list[str] = []
     for suite in suites:
-        for outcome in runs[suite](saes):
-            if outcome.error is not None:
-                failed.append(f"{outcome.sae}, {outcome.evaluation}: {outcome.error}")
-                console.print(f"[red]{escape(failed[-1])}[/]")
-                continue
-            summaries[outcome.sae] |= outcome.summary
-            write_result(
-                out or names[outcome.sae].parent / "evaluations",
-                evaluation=outcome.evaluation,
-                sae_name=outcome.sae,
-                sae_config=saes[outcome.sae].config,
-                config=settings | outcome.config,
-                metrics=outcome.metrics,
-                details=outcome.details,
-                unstructured=outcome.unstructured | {"summary": outcome.summary},
-                file=outcome.file,
-            )
+        # sae-bench loads a language model of its own.
+        with bench.lm_on_cpu() if bench is not None and suite.startswith(PREFIX) else nullcontext():
+            for outcome in _outcomes(suite, runs[suite], saes):
+                if outcome.error is not None:
+                    failed.append(f"{outcome.sae}, {outcome.evaluation}: {outcome.error}")
+                    console.print(f"[red]{escape(failed[-1])}[/]")
+                    continue
+                summaries[outcome.sae] |= outcome.summary
+                write_result(
+                    out or names[outcome.sae].parent / "evaluations",
+                    evaluation=outcome.evaluation,
+                    sae_name=outcome.sae,
+                    sae_config=saes[outcome.sae].config,
+                    config=settings | outcome.config,
+                    metrics=outcome.metrics,
+                    details=outcome.details,
+                    unstructured=outcome.unstructured | {"summary": outcome.summary},
+                    file=outcome.file,
+                )
     if failed:
-        raise ValueError("evaluations failed, the others are written:\n" + "\n".join(f"  {line}" for line in failed))
+        raise EvaluationError(failed, summaries)
     return summaries
+
+
+def _outcomes(suite: str, run: Run, saes: dict[str, SAE]) -> Iterator[Outcome]:
+    """A suite's outcomes; what it raises as a whole is the failure of every SAE that has none yet."""
+    without = list(saes)
+    try:
+        for outcome in run(saes):
+            without.remove(outcome.sae)
+            yield outcome
+    except FAILURES as error:
+        yield from (failure(name, suite, error) for name in without)
 
 
 def _bench(
@@ -149,7 +176,7 @@ def _bench(
     seed: int,
     device: torch.device,
     trust_remote_code: bool,
-    cache: Path | None,
+    cache: Cache,
     console: Console,
 ) -> Bench:
     """Load the language model that all of `saes` read, and find the text.
@@ -171,49 +198,7 @@ def _bench(
     console.print(f"evaluating on {text.path or text.source}, rows of {text.context} tokens", highlight=False)
     if text.source != "stdlib":
         console.print("[yellow]this source keeps no part from training; the text may have been trained on[/]")
-    return Bench(lm, first, text, tokens, seed, Cache(cache), console)
-
-
-def model_of(config: dict[str, Any], name: str | None, trust_remote_code: bool = False) -> ModelConfig:
-    """The model and hook point that an SAE reads, from its `cfg.json`; `name` replaces the model's name.
-
-    Raises:
-        ValueError: the file says neither in our words nor in SAELens's.
-    """
-    trust = {"trust_remote_code": trust_remote_code}
-    if "c2r" in config and config["c2r"]["model"] is None:
-        raise ValueError(
-            "the SAE was trained on known features and reads no language model; "
-            f"--suite: accepted are {', '.join(MODEL_FREE)}"
-        )
-    if "c2r" in config:
-        given = ModelConfig.model_validate(config["c2r"]["model"] | trust)
-        return given if name is None else given.model_copy(update={"name": name, "revision": None})
-    metadata = config.get("metadata", {})
-    place = str(metadata.get("hook_name", ""))
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_out|attn_out)", place)
-    name = name or metadata.get("model_name")
-    if match is None or name is None:
-        raise ValueError(f"cfg.json: cannot tell the hook point from hook_name {place!r} and model_name {name!r}")
-    return ModelConfig.model_validate({"name": name, "layer": int(match[1]), "hook": match[2], **trust})
-
-
-def data_of(config: dict[str, Any], changes: dict[str, Any]) -> DataConfig:
-    """The text that an SAE was trained on, or the standard library where its file does not say, with `changes`.
-
-    A change of source keeps nothing of the old one but the length of rows.
-
-    Raises:
-        ValueError: the changes do not make a source.
-    """
-    context = config.get("metadata", {}).get("context_size") or DataConfig().context
-    given = config["c2r"]["data"] if "c2r" in config else {"context": context}
-    if "source" in changes:
-        given = {"context": given["context"]}
-    try:
-        return DataConfig.model_validate(given | changes)
-    except ValidationError as error:
-        raise ValueError("; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())) from None
+    return Bench(lm, first, text, tokens, seed, cache, console)
 
 
 def _names(folders: list[Path]) -> dict[str, Path]:

@@ -1,0 +1,52 @@
+"""What an SAE's `cfg.json` says of where it comes from: the language model and hook point it reads, and its text."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import ValidationError
+
+from c2r.config import DataConfig, ModelConfig
+
+
+def model_of(config: dict[str, Any], name: str | None, trust_remote_code: bool = False) -> ModelConfig:
+    """The model and hook point that an SAE reads, from its `cfg.json`; `name` replaces the model's name.
+
+    Raises:
+        ValueError: the file says neither in our words nor in SAELens's.
+    """
+    trust = {"trust_remote_code": trust_remote_code}
+    if "c2r" in config and config["c2r"]["model"] is None:
+        raise ValueError(
+            "the SAE was trained on known features and reads no language model; "
+            "--suite: accepted are recovery, stability"
+        )
+    if "c2r" in config:
+        given = ModelConfig.model_validate(config["c2r"]["model"] | trust)
+        return given if name is None else given.model_copy(update={"name": name, "revision": None})
+    metadata = config.get("metadata", {})
+    place = str(metadata.get("hook_name", ""))
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_out|attn_out)", place)
+    name = name or metadata.get("model_name")
+    if match is None or name is None:
+        raise ValueError(f"cfg.json: cannot tell the hook point from hook_name {place!r} and model_name {name!r}")
+    return ModelConfig.model_validate({"name": name, "layer": int(match[1]), "hook": match[2], **trust})
+
+
+def data_of(config: dict[str, Any], changes: dict[str, Any]) -> DataConfig:
+    """The text that an SAE was trained on, or the standard library where its file does not say, with `changes`.
+
+    A change of source keeps nothing of the old one but the length of rows.
+
+    Raises:
+        ValueError: the changes do not make a source.
+    """
+    context = config.get("metadata", {}).get("context_size") or DataConfig().context
+    given = config["c2r"]["data"] if "c2r" in config else {"context": context}
+    if "source" in changes:
+        given = {"context": given["context"]}
+    try:
+        return DataConfig.model_validate(given | changes)
+    except ValidationError as error:
+        raise ValueError("; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())) from None
