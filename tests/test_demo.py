@@ -24,6 +24,7 @@ def test_both_panels(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    assert demo.SUITES == ("core", "absorption", "splitting")
     original = demo._asset
 
     def small(name: str, out: Path) -> RunConfig:

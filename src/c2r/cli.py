@@ -102,7 +102,7 @@ def evaluate(
         results = evaluate_saes(
             list(saes),
             out,
-            suites=tuple(suite.split(",")),
+            suites=tuple(name.strip() for name in suite.split(",")),
             model=model,
             data=_text(changes),
             tokens=tokens,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from c2r.data.features import known_features
 from c2r.data.synthetic import KnownFeatures, Sample
-from c2r.eval.bench import Outcome, Setting, each
+from c2r.eval.bench import Outcome, Setting, each, progress_bar
 from c2r.eval.core import Fidelity
 from c2r.eval.stability import matched_cosine
 from c2r.presets import SyntheticConfig, of_preset
@@ -154,8 +154,11 @@ def evaluate_recovery(setting: Setting, name: str, sae: SAE) -> Outcome:
     config = preset_of(sae.config)
     features = known_features(config)
     found = Recovery(sae, features)
-    for sample in features.held_out(setting.tokens, setting.seed):
-        found.add(sample)
+    with progress_bar(setting.console) as bar:
+        task = bar.add_task(f"recovery {name}", total=setting.tokens)
+        for sample in features.held_out(setting.tokens, setting.seed):
+            found.add(sample)
+            bar.advance(task, len(sample.x_BD))
     recovery, fidelity = found.metrics(), found.fidelity.metrics()
     beside = {
         "ev": fidelity["explained_variance"],

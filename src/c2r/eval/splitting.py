@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from c2r.eval.bench import Bench, Outcome, Tensors, each
+from c2r.eval.bench import Bench, Outcome, Tensors, each, progress_bar
 from c2r.eval.cofiring import Cofiring
 from c2r.eval.composition import composition, random_composition
 from c2r.eval.reading import pairs_to_read
@@ -18,8 +18,10 @@ from c2r.sae.base import SAE
 def evaluate_splitting(bench: Bench, name: str, sae: SAE) -> Outcome:
     """Nearest neighbours among alive latents, their co-firing and their composition, on the bench's text."""
     cofiring = Cofiring(sae.W_dec)
-    for x_nD in bench.activations.x_nD.split(2048):
-        cofiring.add(sae.encode(x_nD.to(sae.W_dec.device)))
+    parts = bench.activations.x_nD.split(2048)
+    with progress_bar(bench.console) as bar:
+        for x_nD in bar.track(parts, description=f"splitting {name}"):
+            cofiring.add(sae.encode(x_nD.to(sae.W_dec.device)))
     figures = cofiring.metrics()
     meta = composition(sae.W_dec[cofiring.alive_A], seed=bench.seed)
     floor = _composition_floor(bench, meta.rows, sae.d_in)
