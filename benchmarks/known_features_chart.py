@@ -16,18 +16,18 @@ from typing import Any
 
 from c2r.report.html import COLORS, HEIGHT, WIDTH, Points, line_chart
 
-# preset → its parameter, the figure to draw, what the picture calls it, and figures of the table.
+# preset → its parameter, the figure to draw ("1 − " what it lacks), what the picture calls it, figures of the table.
 PANELS = {
     "rotation_trap": (
         "ratio", "absorption", "rotation trap: absorption, by P(parent alone) / P(both)",
         ("ev", "l0", "absorption", "parent_cos", "child_cos", "mcc"),
     ),
     "over_merge_trap": (
-        "kappa", "lost", "over-merge trap: 1 − MCC, by the cosine within pairs",
+        "kappa", "1 − mcc", "over-merge trap: 1 − MCC, by the cosine within pairs",
         ("ev", "l0", "alive", "mcc", "uniqueness", "f1"),
     ),
     "pair": (
-        "epsilon", "absorption", "pair: absorption, by P(child alone)",
+        "epsilon", "1 − child_cos", "pair: 1 − the child's cosine, by P(child alone)",
         ("ev", "l0", "absorption", "parent_cos", "child_cos", "mcc"),
     ),
 }  # fmt: skip
@@ -54,8 +54,8 @@ def panel(preset: str, rows: list[dict[str, Any]], x: int) -> str:
     parameter, name, title, _ = PANELS[preset]
     series: dict[str, Points] = defaultdict(list)
     for row in rows:
-        mean = row["figures"]["mcc" if name == "lost" else name]["mean"]
-        series[label(row["c2r"])].append((row["parameters"][parameter], 1 - mean if name == "lost" else mean))
+        mean = row["figures"][name.removeprefix("1 − ")]["mean"]
+        series[label(row["c2r"])].append((row["parameters"][parameter], mean if name[0] != "1" else 1 - mean))
     figure = line_chart(title, parameter, series)
     chart = figure[figure.index("<svg") : figure.index("</svg>") + len("</svg>")]
     drawn = f'<text x="{x + 10}" y="18" font-weight="bold">{title}</text>'

@@ -17,6 +17,7 @@ from c2r.codes import from_dense
 from c2r.eval.absorbed import AbsorptionSettings, score_samples
 from c2r.eval.absorption import Absorption, Encoded, Labelled, absorption, encoded, splits
 from c2r.eval.probes import LinearProbe
+from c2r.eval.sparse_probes import l1_probe
 from c2r.sae.base import SAE
 
 GOLDEN = Path(os.environ.get("C2R_GOLDEN_DIR", Path(__file__).parent / "golden"))
@@ -232,6 +233,17 @@ def test_the_vectorised_score_is_that_of_a_loop_over_words(seed: int, n: int, wi
         expected = loop(x[i], z[i], unit[i], cosine[i], main[i])
         assert fraction[i].item() == pytest.approx(expected[0], abs=1e-5)
         assert bool(full[i]) == expected[1]
+
+
+def test_the_l1_probes_batch_is_a_setting() -> None:
+    """With its default, 7 samples here, the latents come in another order."""
+    data, sae = random_case(0)
+    acts = encoded(sae, data)
+    found, given = (
+        absorption(data, acts, "abc", settings=AbsorptionSettings(min_classes=3, l1_batch=batch), l1_weight_CF=weight)
+        for batch, weight in ((50, None), (None, l1_probe(acts.train, data.y_train_B, 3, batch=50)))
+    )
+    assert [one.f1_by_k for one in found.classes] == [one.f1_by_k for one in given.classes]
 
 
 # The gate, and bad input

@@ -15,10 +15,12 @@ SILENT = 1e-8
 
 
 class AbsorptionSettings(Frozen):
-    """Thresholds, SAEBench's by default."""
+    """Thresholds and probes, SAEBench's by default but for `l1_batch`."""
 
     max_k: Positive = 10
     """Latents of the largest k-sparse probe."""
+    l1_batch: Positive | None = None
+    """Samples of a batch of the L1 probe that ranks the latents, 4096 in SAEBench; None: see `l1_probe`."""
     f1_jump: Share = 0.03
     """What one more latent must add to F1 to count as a split of the class."""
     min_probe_f1: Share = 0.6

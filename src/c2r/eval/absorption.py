@@ -136,7 +136,7 @@ def absorption(
     probe = probe or one_vs_rest_probe(data.x_train_BD, data.y_train_B, len(classes), seed=seed)
     probe = LinearProbe(*(tensor.to(acts.W_dec_FD.device) for tensor in probe))
     if l1_weight_CF is None:
-        l1_weight_CF = l1_probe(acts.train, data.y_train_B, len(classes), seed=seed)
+        l1_weight_CF = l1_probe(acts.train, data.y_train_B, len(classes), batch=settings.l1_batch, seed=seed)
     for name, weight, width in (
         ("probe", probe.weight_CD, data.x_test_BD.shape[1]),
         ("l1_weight_CF", l1_weight_CF, acts.train.width),
