@@ -194,6 +194,27 @@ def test_probe_finds_planted_directions() -> None:
     assert f1_per_class(probe, noise[300:], labels[300:]).mean() < 0.5
 
 
+def test_the_probe_is_that_of_plain_training() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 9 // 4  # 40, 40 and 10
+    x = torch.randn(3, 6, generator=generator)[labels] + torch.randn(90, 6, generator=generator)
+    found = one_vs_rest_probe(x, labels, 3, epochs=4, batch=32, seed=7)
+    generator.manual_seed(7)
+    linear = torch.nn.Linear(6, 3)
+    torch.nn.init.zeros_(linear.bias)
+    linear.weight.data = 0.01 * torch.randn(3, 6, generator=generator)
+    criterion = torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor([50 / 40, 50 / 40, 80 / 10]))
+    optimizer = torch.optim.Adam(linear.parameters(), lr=1e-2, weight_decay=1e-4)
+    for epoch in range(4):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1e-5 / 1e-2) ** (epoch / 4)
+        for rows in torch.randperm(90, generator=generator).split(32):
+            optimizer.zero_grad()
+            criterion(linear(x[rows]), torch.nn.functional.one_hot(labels[rows], 3).float()).backward()
+            optimizer.step()
+    torch.testing.assert_close(found.weight_CD, linear.weight.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.bias_C, linear.bias.detach(), rtol=1e-4, atol=1e-6)
+
+
 def test_probe_without_an_example_of_a_class() -> None:
     with pytest.raises(ValueError, match=r"classes \[2\] have no sample"):
         one_vs_rest_probe(torch.ones(4, 2), torch.tensor([0, 1, 0, 1]), 3)
