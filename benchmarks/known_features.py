@@ -91,12 +91,18 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--strengths", type=float, nargs="*", default=[0.1, 0.3, 1.0])
     parser.add_argument("--alphas", type=float, nargs="*", default=[1.0], help="0: the penalty looks at angles alone")
+    parser.add_argument("--neighbors", choices=("exact", "lagged"), default="exact")
     parser.add_argument("--settings", type=int, nargs="*", help="which settings of the preset, counted from 0; all")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     variants: list[dict[str, Any] | None] = [
-        None, *({"strength": strength, "alpha": alpha} for alpha in args.alphas for strength in args.strengths)
-    ]  # fmt: skip
+        None,
+        *(
+            {"strength": strength, "alpha": alpha, "neighbors": args.neighbors}
+            for alpha in args.alphas
+            for strength in args.strengths
+        ),
+    ]
     rows = []
     chosen = range(len(SETTINGS[args.preset])) if args.settings is None else args.settings
     for number in chosen:
@@ -115,7 +121,7 @@ def main() -> None:
                 seconds = (time.monotonic() - began) / args.seeds
                 print(f"{parameters} width {sae['width']} {k} | {label} | {shown} | {seconds:.0f} s", flush=True)
     if args.json:
-        print(json.dumps({"preset": args.preset, "steps": args.steps, "lr": args.lr, "rows": rows}))
+        print(json.dumps({"preset": args.preset, "steps": args.steps, "lr": args.lr, "neighbors": args.neighbors, "rows": rows}))
 
 
 if __name__ == "__main__":
