@@ -121,7 +121,8 @@ def main() -> None:
                 seconds = (time.monotonic() - began) / args.seeds
                 print(f"{parameters} width {sae['width']} {k} | {label} | {shown} | {seconds:.0f} s", flush=True)
     if args.json:
-        print(json.dumps({"preset": args.preset, "steps": args.steps, "lr": args.lr, "neighbors": args.neighbors, "rows": rows}))
+        settings = {name: getattr(args, name) for name in ("preset", "steps", "lr", "neighbors")}
+        print(json.dumps({**settings, "rows": rows}))
 
 
 if __name__ == "__main__":
