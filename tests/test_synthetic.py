@@ -158,9 +158,12 @@ def test_children_scale_with_their_parent() -> None:
 
 def test_directions() -> None:
     torch.testing.assert_close((rows := unit_directions(40, 64, 0)) @ rows.T, torch.eye(40), atol=1e-5, rtol=0)
-    crowded, random = (unit_directions(112, 96, 0, orthogonal=o) for o in (True, False))
-    overlap = [(rows @ rows.T - torch.eye(112)).abs().max().item() for rows in (crowded, random)]
-    assert overlap[0] < 0.6 * overlap[1]
+    for features, least in ((112, 0.6), (512, 1.0)):
+        crowded, random = (unit_directions(features, 96, 0, orthogonal=o) for o in (True, False))
+        overlap = [(rows @ rows.T - torch.eye(features)).abs().max().item() for rows in (crowded, random)]
+        assert overlap[0] < least * overlap[1]
+        welch = features * (features - 96) / 96  # the least sum of squared overlaps that so many unit rows can have
+        assert (crowded @ crowded.T - torch.eye(features)).square().sum().item() == pytest.approx(welch, rel=0.02)
     torch.testing.assert_close(crowded.norm(dim=1), torch.ones(112))
     turned = with_cosine(unit_directions(10, 8, 0), 3, 0.7)
     cosine = turned @ turned.T

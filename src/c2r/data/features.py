@@ -46,7 +46,7 @@ def known_features(config: SyntheticConfig) -> KnownFeatures:
 
 
 def unit_directions(features: int, d_in: int, seed: int, *, orthogonal: bool = True) -> Tensor:
-    """Random unit rows `[G, D]`; with `orthogonal` exactly so where G ≤ D, else with their overlaps pressed down.
+    """Random unit rows `[G, D]`; with `orthogonal` exactly so where G ≤ D, else of least summed squared overlap.
 
     Raises:
         ValueError: more than `LARGEST` features to press apart.
@@ -64,7 +64,9 @@ def unit_directions(features: int, d_in: int, seed: int, *, orthogonal: bool = T
         )
     for _ in range(100):  # steps against the squared overlaps; random directions overlap by 1/√D at first
         overlaps_GG = (rows_GD @ rows_GD.T).fill_diagonal_(0)
-        rows_GD = F.normalize(rows_GD - 0.2 * overlaps_GG @ rows_GD)
+        # A longer step than this would grow what the rows have most in common, until they were one direction.
+        step = min(0.2, 1 / torch.linalg.eigvalsh(rows_GD.T @ rows_GD)[-1].item())
+        rows_GD = F.normalize(rows_GD - step * overlaps_GG @ rows_GD)
     return rows_GD
 
 
