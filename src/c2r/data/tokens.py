@@ -6,7 +6,7 @@ R rows · T positions in a context.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,9 @@ class Rows(NamedTuple):
     """Token ids `[R, T]`; a row opens with BOS where the tokenizer has one, and the last may end in padding."""
     real: Tensor
     """Bool `[R, T]`: neither BOS, EOS nor padding."""
+    position: dict[str, Any] | None = None
+    """Where the reader stood before these rows, as JSON holds it: `packed_rows(..., start=position)` goes on with them.
+    None for rows that do not come from `packed_rows`."""
 
 
 def documents(config: DataConfig, seed: int, *, held_out: bool = False) -> Iterable[str]:
@@ -58,12 +61,21 @@ def check_source(config: DataConfig) -> None:
 
 
 def packed_rows(
-    config: DataConfig, tokenizer: Any, *, seed: int = 0, rows: int = 32, held_out: bool = False, epochs: int | None = 1
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    seed: int = 0,
+    rows: int = 32,
+    held_out: bool = False,
+    epochs: int | None = 1,
+    start: dict[str, Any] | None = None,
 ) -> Iterator[Rows]:
     """Batches of up to `rows` rows of `config.context` tokens.
 
     Documents are joined, EOS between them, and cut into rows; spelling lists come in between until they make up
     `config.words` of the tokens. An epoch is one pass over the source, its end padded; None goes on without end.
+    `start`, the position of earlier rows, goes on with exactly those, whatever `rows` was; what was read before is
+    not tokenised again.
 
     Raises:
         ValueError: the source has no text, or `words` > 0 and the tokenizer knows too few whole words.
@@ -75,20 +87,35 @@ def packed_rows(
     room = config.context - len(opening)
     # Evaluation sees other lists than training, as it sees other files.
     lists = spelling_lists(config, tokenizer, seed + 1_000_003 if held_out else seed)
-    for epoch in itertools.count() if epochs is None else range(epochs):
-        texts = documents(config, seed + epoch, held_out=held_out)
-        tokens = itertools.chain.from_iterable(_token_lists(texts, lists, config.words, tokenizer, eos))
-        empty = True  # also if every token is special: rows without end would hold nothing to learn from
-        while batch := list(itertools.islice(_cut(tokens, room), rows)):
+    at = {"epoch": 0, "texts": 0, "lists": 0, "tokens": 0, "spelled": 0, "skip": 0, "real": False} | (start or {})
+    for _ in range(at["lists"]):
+        next(lists)
+    for epoch in itertools.count(at["epoch"]) if epochs is None else range(at["epoch"], epochs):
+        texts = itertools.islice(iter(documents(config, seed + epoch, held_out=held_out)), at["texts"], None)
+        encoded = _encoded(texts, lists, config.words, tokenizer, eos, at)
+        skip, found = at["skip"], at["real"]
+        pending: list[tuple[dict[str, Any], list[int]]] = []
+        while True:
+            while sum(len(ids) for _, ids in pending) - skip < rows * room and (more := next(encoded, None)):
+                pending.append(more)
+            tokens = list(itertools.chain.from_iterable(ids for _, ids in pending))[skip : skip + rows * room]
+            if not tokens:
+                break
+            position = {**pending[0][0], "epoch": epoch, "skip": skip, "real": found}
+            batch = [tokens[first : first + room] for first in range(0, len(tokens), room)]
             lengths = torch.tensor([[len(opening) + len(row)] for row in batch])
             ids = torch.tensor([opening + row + [filler] * (room - len(row)) for row in batch])
             real = torch.arange(config.context) < lengths
             for token in special:
                 real &= ids != token
-            empty &= not bool(real.any())
-            yield Rows(ids, real)
-        if empty:
+            found |= bool(real.any())
+            yield Rows(ids, real, position)
+            skip += len(tokens)
+            while pending and len(pending[0][1]) <= skip:
+                skip -= len(pending.pop(0)[1])
+        if not found:  # also if every token is special: rows without end would hold nothing to learn from
             raise ValueError(f"data.source: {config.path or config.source} holds no text; nothing to train on")
+        at |= {"texts": 0, "tokens": 0, "spelled": 0, "skip": 0, "real": False}
 
 
 def text_rows(texts: Sequence[str], tokenizer: Any, *, context: int, rows: int = 32) -> Iterator[Rows]:
@@ -123,22 +150,21 @@ def spelling_lists(config: DataConfig, tokenizer: Any, seed: int) -> Iterator[st
     return spelling_documents(words, seed)
 
 
-def _token_lists(
-    texts: Iterable[str], lists: Iterator[str], share: float, tokenizer: Any, eos: int | None
-) -> Iterator[list[int]]:
+def _encoded(
+    texts: Iterable[str], lists: Iterator[str], share: float, tokenizer: Any, eos: int | None, at: dict[str, Any]
+) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Token ids of documents and lists in turn, each with where the reader stood before it; `at` is brought forward."""
     end = [] if eos is None else [eos]
-    encode: Callable[[str], list[int]] = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"] + end  # noqa: E731
-    total = spelled = 0
-    for text in texts:
-        ids = encode(text)
-        total += len(ids)
-        yield ids
-        while spelled < share * total:
-            ids = encode(next(lists))
-            total, spelled = total + len(ids), spelled + len(ids)
-            yield ids
-
-
-def _cut(tokens: Iterator[int], size: int) -> Iterator[list[int]]:
-    while row := list(itertools.islice(tokens, size)):
-        yield row
+    texts = iter(texts)
+    while True:
+        before = dict(at)
+        spelling = at["spelled"] < share * at["tokens"]
+        text = next(lists if spelling else texts, None)
+        if text is None:
+            return
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + end
+        at["tokens"] += len(ids)
+        if spelling:
+            at["spelled"] += len(ids)
+        at["lists" if spelling else "texts"] += 1
+        yield before, ids
