@@ -106,7 +106,7 @@ def test_words_are_single_tokens_and_spelt_right() -> None:
         ("x.jsonl", '{"body": "a"}\n', "no text under 'text'; it has: body"),
         ("x.txt", " \n", "holds no text"),
         ("x.jsonl", '{"text": ""}\n{"text": "  "}\n', "holds no text"),
-        ("x.csv", "a,b", "accepted are .txt and .jsonl"),
+        ("x.csv", "a,b", "accepted are .txt, .jsonl, .*parquet"),
     ],
 )
 def test_bad_files_are_named(name: str, content: str, says: str, tmp_path: Path) -> None:

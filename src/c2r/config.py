@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
+from c2r.data_config import DataConfig, MixturePart
 from c2r.methods import METHODS, AnySAE, ConsistencyConfig, Frozen, Positive, SAEConfig, Share, TopKConfig
 from c2r.presets import PRESETS, SyntheticConfig, of_preset
 
@@ -31,37 +32,13 @@ class ModelConfig(Frozen):
     trust_remote_code: bool = False
 
 
-class DataConfig(Frozen):
-    """The text."""
-
-    source: Literal["stdlib", "files", "hf"] = "stdlib"
-    path: str | None = None
-    """files: a .txt or .jsonl file, a folder or a glob. hf: a Hub id or a folder."""
-    name: str | None = None
-    """hf: the data set's configuration."""
-    split: str = "train"
-    text_field: str = "text"
-    words: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of tokens that come from spelling lists, made of the tokenizer's own words."""
-    context: Annotated[int, Field(ge=2)] = 128
-    """Tokens of a row that the model reads at once."""
-
-    @model_validator(mode="after")
-    def _check(self) -> DataConfig:
-        if self.source != "stdlib" and not self.path:
-            raise ValueError(f"path: nothing given; source {self.source!r} needs one")
-        if self.source == "stdlib" and self.path:
-            raise ValueError(f"path: got {self.path!r}; source 'stdlib' takes none (did you mean source: files?)")
-        return self
-
-
 def _of_its_source(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if value.get("source") == "synthetic":
         return of_preset(value)
-    if value.get("source", "stdlib") not in ("stdlib", "files", "hf"):
-        raise ValueError(f"source: got {value['source']!r}; accepted are stdlib, files, hf, synthetic")
+    if value.get("source", "stdlib") not in ("stdlib", "files", "hf", "mixture"):
+        raise ValueError(f"source: got {value['source']!r}; accepted are stdlib, files, hf, mixture, synthetic")
     return DataConfig.model_validate(value)
 
 
@@ -191,6 +168,7 @@ def _fields_at(location: tuple[int | str, ...], raw: dict[str, Any]) -> list[str
     sections: dict[Any, type[Frozen]] = {
         "model": ModelConfig,
         "data": DataConfig,
+        "parts": MixturePart,
         "stream": StreamConfig,
         "train": TrainConfig,
         "c2r": ConsistencyConfig,

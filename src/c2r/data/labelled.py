@@ -15,7 +15,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from c2r.data.text import hf_records, jsonl_records, stdlib_sources
+from c2r.data.files import jsonl_records
+from c2r.data.hub import hf_records
+from c2r.data.text import stdlib_sources
 
 MOST, LEAST, LABELS, READ = 500, 20, 10, 50_000
 """Texts a label at most and at least, labels at most, and records read to find them."""

@@ -1,9 +1,7 @@
-"""Text: where documents come from. Every source yields whole documents, in an order fixed by the seed."""
+"""Text that needs no download: the standard library, and spelling lists of a tokenizer's own words."""
 
 from __future__ import annotations
 
-import glob
-import json
 import random
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -26,12 +24,12 @@ def stdlib_files() -> list[Path]:
 
 
 def stdlib_documents(seed: int = 0, held_out: bool | None = None) -> Iterator[str]:
-    """The standard library's source, a file a document; see `stdlib_sources`."""
-    return (text for _, text in stdlib_sources(seed, held_out))
+    """The standard library's source, a file a document, empty ones left out; see `stdlib_sources`."""
+    return (text for _, text in stdlib_sources(seed, held_out) if text.strip())
 
 
-def stdlib_sources(seed: int = 0, held_out: bool | None = None) -> Iterator[tuple[str, str]]:
-    """Name (`email/parser.py`) and text of the standard library's files, shuffled by `seed`, empty ones left out.
+def stdlib_sources(seed: int = 0, held_out: bool | None = None, start: int = 0) -> Iterator[tuple[str, str]]:
+    """Name (`email/parser.py`) and text of the standard library's files, shuffled by `seed`, from file `start` on.
 
     `held_out` picks the files that the embedded model never trained on (a list of names that ships with the package,
     one in twenty, so that another Python version holds out the same ones), the rest, or, when None, all.
@@ -41,99 +39,8 @@ def stdlib_sources(seed: int = 0, held_out: bool | None = None) -> Iterator[tupl
         names = set((files("c2r") / "assets" / "held_out.txt").read_text(encoding="utf-8").split())
         paths = [path for path in paths if (path.relative_to(root).as_posix() in names) == held_out]
     random.Random(seed).shuffle(paths)
-    for path in paths:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if text.strip():
-            yield path.relative_to(root).as_posix(), text
-
-
-def file_paths(pattern: str) -> list[Path]:
-    """The `.txt` and `.jsonl` files that a path, a folder or a glob names, sorted.
-
-    Raises:
-        ValueError: nothing matches, or a file has another ending.
-    """
-    given = Path(pattern)
-    if given.is_dir():
-        found = [p for p in given.rglob("*") if p.suffix in (".txt", ".jsonl")]
-    else:
-        found = [Path(p) for p in glob.glob(pattern, recursive=True)]
-    if not found:
-        raise ValueError(f"data.path: no file matches {pattern!r}; give a .txt or .jsonl file, a folder or a glob")
-    for path in found:
-        if path.suffix not in (".txt", ".jsonl"):
-            raise ValueError(f"data.path: {path} ends in {path.suffix!r}; accepted are .txt and .jsonl")
-    return sorted(found)
-
-
-def file_documents(pattern: str, text_field: str = "text", seed: int = 0) -> Iterator[str]:
-    """Documents of local files: a `.txt` file is one, a `.jsonl` file holds one a line under `text_field`.
-
-    Raises:
-        ValueError: see `file_paths`; or a line is not JSON or lacks the field.
-    """
-    paths = file_paths(pattern)
-    random.Random(seed).shuffle(paths)
-    for path in paths:
-        if path.suffix == ".txt":
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if text.strip():
-                yield text
-            continue
-        for where, record in jsonl_records(path):
-            if not isinstance(record.get(text_field), str):
-                raise ValueError(
-                    f"data.text_field: {where} has no text under {text_field!r}; it has: {', '.join(record)}"
-                )
-            if record[text_field].strip():
-                yield record[text_field]
-
-
-def jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a `.jsonl` file, each with where it stands (`file:line`).
-
-    Raises:
-        ValueError: a line is not a JSON object.
-    """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record: Any = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"data.path: {path}:{number} is not JSON ({error.msg})") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"data.path: {path}:{number} is not an object but {type(record).__name__}")
-            yield f"{path}:{number}", record
-
-
-def hf_documents(path: str, split: str, text_field: str, name: str | None = None, seed: int = 0) -> Iterator[str]:
-    """Documents of a `datasets` data set (a Hub id or a local folder), streamed, lightly shuffled.
-
-    Raises:
-        ValueError: the data set cannot be opened or has no such text field.
-    """
-    for record in hf_records(path, split, name, seed):
-        if not isinstance(record.get(text_field), str):
-            raise ValueError(f"data.text_field: records have no text under {text_field!r}; they have: {list(record)}")
-        if record[text_field].strip():
-            yield record[text_field]
-
-
-def hf_records(path: str, split: str, name: str | None = None, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Records of a `datasets` data set, streamed, lightly shuffled.
-
-    Raises:
-        ValueError: the data set cannot be opened.
-    """
-    import datasets
-
-    try:
-        stream = datasets.load_dataset(path, name, split=split, streaming=True)
-    except Exception as error:  # datasets raises many kinds; all of them mean that the configuration is off
-        raise ValueError(f"data.path: cannot open data set {path!r}, split {split!r}: {error}") from error
-    yield from stream.shuffle(seed=seed, buffer_size=1000)
+    for path in paths[start:]:
+        yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8", errors="replace")
 
 
 def alphabetic_tokens(tokenizer: Any) -> Iterator[tuple[str, int]]:

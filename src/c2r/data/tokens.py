@@ -5,22 +5,22 @@ R rows · T positions in a context.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from c2r.config import DataConfig
-from c2r.data.text import (
-    file_documents,
-    file_paths,
-    hf_documents,
-    spelling_documents,
-    stdlib_documents,
-    vocabulary_words,
-)
+from c2r.data.document import Reader
+from c2r.data.encode import Encode, Encoded, Encoder, special_ids
+from c2r.data.mixture import MIXER_START, PART_START, Mixer, Part, Position
+from c2r.data.sources import Shard, SpellingLists, check_source, open_reader, read_shard
+from c2r.data.text import vocabulary_words
+
+__all__ = ["Rows", "check_source", "packed_rows", "text_rows"]
 
 
 class Rows(NamedTuple):
@@ -29,35 +29,10 @@ class Rows(NamedTuple):
     ids: Tensor
     """Token ids `[R, T]`; a row opens with BOS where the tokenizer has one, and the last may end in padding."""
     real: Tensor
-    """Bool `[R, T]`: neither BOS, EOS nor padding."""
-    position: dict[str, Any] | None = None
+    """Bool `[R, T]`: tokens whose activations are used; neither padding nor any special token."""
+    position: Position | None = None
     """Where the reader stood before these rows, as JSON holds it: `packed_rows(..., start=position)` goes on with them.
     None for rows that do not come from `packed_rows`."""
-
-
-def documents(config: DataConfig, seed: int, *, held_out: bool = False) -> Iterable[str]:
-    """The documents of the configured source.
-
-    `held_out` asks for text to evaluate on: for `stdlib` the files that neither the embedded model nor an SAE is
-    trained on. Other sources have no such part: it is the same text, and the caller has to say so.
-    """
-    if config.source == "stdlib":
-        return stdlib_documents(seed, held_out=held_out)
-    if config.source == "files":
-        return file_documents(config.path or "", config.text_field, seed)
-    return hf_documents(config.path or "", config.split, config.text_field, config.name, seed)
-
-
-def check_source(config: DataConfig) -> None:
-    """Find what is wrong with the source before a model is loaded.
-
-    Raises:
-        ValueError: missing files, or a source whose every document is empty.
-    """
-    if config.source == "files":
-        file_paths(config.path or "")
-    if next(iter(documents(config, 0)), None) is None:
-        raise ValueError(f"data.{'path' if config.path else 'source'}: {config.path or config.source} holds no text")
 
 
 def packed_rows(
@@ -68,54 +43,127 @@ def packed_rows(
     rows: int = 32,
     held_out: bool = False,
     epochs: int | None = 1,
-    start: dict[str, Any] | None = None,
+    start: Position | None = None,
+    shard: Shard = (0, 1),
 ) -> Iterator[Rows]:
     """Batches of up to `rows` rows of `config.context` tokens.
 
     Documents are joined, EOS between them, and cut into rows; spelling lists come in between until they make up
-    `config.words` of the tokens. An epoch is one pass over the source, its end padded; None goes on without end.
-    `start`, the position of earlier rows, goes on with exactly those, whatever `rows` was; what was read before is
-    not tokenised again.
+    `config.words` of the tokens. An epoch is one pass over the source, in an order of its own, its end padded; None
+    goes on without end. The parts of a mixture make their passes each by itself; a mixture ends when every part has
+    made `epochs` of them.
+
+    Arguments:
+        config: the text.
+        tokenizer: of the language model.
+        seed: of the order.
+        rows: R, of a batch.
+        held_out: whether to read what is kept for evaluation, where the source keeps something.
+        epochs: passes, or None.
+        start: position of earlier rows: goes on with exactly those, whatever `rows` was. Of what was read before
+            nothing is tokenised again but the document that the first row begins in.
+        shard: index and count of readers that share the documents.
 
     Raises:
-        ValueError: the source has no text, or `words` > 0 and the tokenizer knows too few whole words.
+        ValueError: the source has no text; it does not fit the tokenizer; `words` > 0 and the tokenizer knows too few
+            whole words; or `start` is a position in other text.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    special = {i for i in (bos, eos, tokenizer.pad_token_id) if i is not None}
-    filler = next((i for i in (tokenizer.pad_token_id, eos, bos) if i is not None), 0)
-    opening = [] if bos is None else [bos]
-    room = config.context - len(opening)
-    # Evaluation sees other lists than training, as it sees other files.
-    lists = spelling_lists(config, tokenizer, seed + 1_000_003 if held_out else seed)
-    at = {"epoch": 0, "texts": 0, "lists": 0, "tokens": 0, "spelled": 0, "skip": 0, "real": False} | (start or {})
-    for _ in range(at["lists"]):
-        next(lists)
-    for epoch in itertools.count(at["epoch"]) if epochs is None else range(at["epoch"], epochs):
-        texts = itertools.islice(iter(documents(config, seed + epoch, held_out=held_out)), at["texts"], None)
-        encoded = _encoded(texts, lists, config.words, tokenizer, eos, at)
-        skip, found = at["skip"], at["real"]
-        pending: list[tuple[dict[str, Any], list[int]]] = []
-        while True:
-            while sum(len(ids) for _, ids in pending) - skip < rows * room and (more := next(encoded, None)):
-                pending.append(more)
-            tokens = list(itertools.chain.from_iterable(ids for _, ids in pending))[skip : skip + rows * room]
-            if not tokens:
-                break
-            position = {**pending[0][0], "epoch": epoch, "skip": skip, "real": found}
-            batch = [tokens[first : first + room] for first in range(0, len(tokens), room)]
-            lengths = torch.tensor([[len(opening) + len(row)] for row in batch])
-            ids = torch.tensor([opening + row + [filler] * (room - len(row)) for row in batch])
-            real = torch.arange(config.context) < lengths
-            for token in special:
-                real &= ids != token
-            found |= bool(real.any())
-            yield Rows(ids, real, position)
-            skip += len(tokens)
-            while pending and len(pending[0][1]) <= skip:
-                skip -= len(pending.pop(0)[1])
-        if not found:  # also if every token is special: rows without end would hold nothing to learn from
-            raise ValueError(f"data.source: {config.path or config.source} holds no text; nothing to train on")
-        at |= {"texts": 0, "tokens": 0, "spelled": 0, "skip": 0, "real": False}
+    encode = Encode(config, tokenizer)
+    readers = {section: open_reader(section, source, held_out) for section, source in config.sections.items()}
+    lists = _spelling_lists(config, tokenizer)
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard: got {shard}; accepted are an index and a count, 0 ≤ index < count")
+    return _packed(config, encode, readers, lists, seed, rows, held_out, epochs, start, shard)
+
+
+def _packed(
+    config: DataConfig,
+    encode: Encode,
+    readers: dict[str, Reader],
+    lists: SpellingLists | None,
+    seed: int,
+    rows: int,
+    held_out: bool,
+    epochs: int | None,
+    start: Position | None,
+    shard: Shard,
+) -> Iterator[Rows]:
+    text = {"seed": seed, "shard": list(shard), "text": [reader.identity for reader in readers.values()]}
+    if start is not None:
+        _check_start(text, start)
+    at = start or {"parts": [PART_START] * len(readers), **MIXER_START}
+    encoder = Encoder(encode, config.workers)
+    try:
+        parts = [
+            Part(section, config.sections[section], reader, encoder, seed, shard, state)
+            for (section, reader), state in zip(readers.items(), at["parts"], strict=True)
+        ]
+        spelling = None
+        if lists is not None:  # evaluation sees other lists than training, as it sees other files
+            spelling = encoder.encoded(read_shard(lists, seed + 1_000_003 if held_out else seed, shard, at["lists"]))
+        mixer = Mixer(parts, spelling, config.words, at)
+        skip = start["skip"] if start else 0
+        while epochs is None or any(part.passes < epochs for part in parts):
+            last = epochs if len(parts) > 1 else parts[0].passes + 1
+            yield from _cut(mixer.until(last), skip, encode, config.context, rows, text)
+            mixer.reset()
+            skip = 0
+    finally:
+        encoder.close()
+
+
+def _cut(
+    documents: Iterator[tuple[Position, Encoded]],
+    skip: int,
+    encode: Encode,
+    context: int,
+    rows: int,
+    text: Position,
+) -> Iterator[Rows]:
+    """Rows of the documents' tokens, without the `skip` first tokens of the first."""
+    bos, eos, pad = (getattr(encode.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+    opening = 0 if bos is None else 1
+    room = context - opening
+    held: deque[tuple[Position, Encoded]] = deque()
+    length = -skip
+    while True:
+        while length < rows * room and (more := next(documents, None)) is not None:
+            held.append(more)
+            length += len(more[1].ids)
+        take = min(length, rows * room)
+        if take <= 0:
+            return
+        position = text | held[0][0] | {"skip": skip}
+        shape = (-(-take // room), context)
+        ids = np.full(shape, next((i for i in (pad, eos, bos) if i is not None), 0), np.int64)
+        real = np.zeros(shape, bool)
+        if bos is not None:
+            ids[:, 0] = bos
+        flat_ids, flat_real = np.empty(take, np.int64), np.empty(take, bool)
+        filled = 0
+        while filled < take:
+            encoded = held[0][1]
+            part = slice(skip, skip + take - filled)
+            size = len(encoded.ids[part])
+            flat_ids[filled : filled + size] = encoded.ids[part]
+            flat_real[filled : filled + size] = encoded.real[part]
+            filled, skip = filled + size, skip + size
+            if skip == len(encoded.ids):
+                held.popleft()
+                skip = 0
+        length -= take
+        for row, first in enumerate(range(0, take, room)):
+            piece = slice(first, first + room)
+            size = len(flat_ids[piece])
+            ids[row, opening : opening + size] = flat_ids[piece]
+            real[row, opening : opening + size] = flat_real[piece]
+        yield Rows(torch.from_numpy(ids), torch.from_numpy(real), position)
+
+
+def _check_start(text: Position, start: Position) -> None:
+    for key, value in text.items():
+        if start.get(key) != value:
+            raise ValueError(f"data: cannot go on with the text: its {key} was {start.get(key)}, and is {value} now")
 
 
 def text_rows(texts: Sequence[str], tokenizer: Any, *, context: int, rows: int = 32) -> Iterator[Rows]:
@@ -123,48 +171,28 @@ def text_rows(texts: Sequence[str], tokenizer: Any, *, context: int, rows: int =
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     opening = [] if bos is None else [bos]
     filler = next((i for i in (pad, eos, bos) if i is not None), 0)
+    special = torch.tensor(sorted(special_ids(tokenizer)), dtype=torch.int64)
     for start in range(0, len(texts), rows):
         found = tokenizer(list(texts[start : start + rows]), add_special_tokens=False)["input_ids"]
         cut = [(opening + ids)[:context] for ids in found]
         length = max(1, *map(len, cut))
         ids = torch.tensor([row + [filler] * (length - len(row)) for row in cut])
         real = torch.arange(length) < torch.tensor([[len(row)] for row in cut])
-        for token in {i for i in (bos, eos, pad) if i is not None}:
-            real &= ids != token
+        real &= ~torch.isin(ids, special)
         yield Rows(ids, real)
 
 
-def spelling_lists(config: DataConfig, tokenizer: Any, seed: int) -> Iterator[str]:
+def _spelling_lists(config: DataConfig, tokenizer: Any) -> SpellingLists | None:
     """The spelling lists that `config.words` asks for.
 
     Raises:
         ValueError: the tokenizer has fewer than 200 whole words.
     """
     if config.words == 0:
-        return iter(())
+        return None
     words = vocabulary_words(tokenizer)
     if len(words) < 200:
         raise ValueError(
             f"data.words: got {config.words}, but the tokenizer has only {len(words)} whole words; use words: 0"
         )
-    return spelling_documents(words, seed)
-
-
-def _encoded(
-    texts: Iterable[str], lists: Iterator[str], share: float, tokenizer: Any, eos: int | None, at: dict[str, Any]
-) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """Token ids of documents and lists in turn, each with where the reader stood before it; `at` is brought forward."""
-    end = [] if eos is None else [eos]
-    texts = iter(texts)
-    while True:
-        before = dict(at)
-        spelling = at["spelled"] < share * at["tokens"]
-        text = next(lists if spelling else texts, None)
-        if text is None:
-            return
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + end
-        at["tokens"] += len(ids)
-        if spelling:
-            at["spelled"] += len(ids)
-        at["lists" if spelling else "texts"] += 1
-        yield before, ids
+    return SpellingLists(words)

@@ -1,0 +1,226 @@
+"""Documents to token ids, in this process or in loader processes; results in the documents' order either way."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from c2r.config import DataConfig
+from c2r.data.document import Document
+
+# What one task of a loader process holds at most.
+_DOCUMENTS, _CHARACTERS = 64, 200_000
+
+
+class Encoded(NamedTuple):
+    """Tokens of a document, EOS at the end where the tokenizer has one."""
+
+    ids: np.ndarray
+    """int32 `[n]`."""
+    real: np.ndarray
+    """bool `[n]`: tokens whose activations are used."""
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """BOS, EOS, padding and whatever else the tokenizer calls special."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+
+
+class Encode:
+    """A document's tokens; can be sent to another process.
+
+    Arguments:
+        config: its `drop_tokens` are left out of the real tokens, as special ones are.
+        tokenizer: of the language model.
+
+    Raises:
+        ValueError: `drop_tokens` that the tokenizer does not have, or chats for a tokenizer without a chat template.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab()
+        self.size = max(vocabulary.values()) + 1
+        for section, source in config.sections.items():
+            if source.chat_field is not None and not tokenizer.chat_template:
+                raise ValueError(
+                    f"{section}.chat_field: got {source.chat_field!r}, but the tokenizer has no chat template; "
+                    "use text_field, or a model that was trained on chats"
+                )
+        dropped = {_token_id(token, tokenizer, vocabulary, self.size) for token in config.drop_tokens}
+        self.real = np.ones(self.size, bool)
+        self.real[sorted(special_ids(tokenizer) | dropped)] = False
+
+    def __call__(self, document: Document) -> Encoded:
+        """Encode.
+
+        Raises:
+            ValueError: ids beyond the vocabulary, or messages that the chat template refuses.
+        """
+        ids, eos = self._ids(document), self.tokenizer.eos_token_id
+        # Chat templates and tokenised data may have an end of their own.
+        ends = eos is not None and (document.form == "text" or len(ids) == 0 or ids[-1] != eos)
+        real = self.real[ids]
+        if document.mask is not None:
+            real &= document.mask
+        if ends:
+            ids, real = np.append(ids, np.int32(eos)), np.append(real, self.real[eos])
+        return Encoded(ids, real)
+
+    def _ids(self, document: Document) -> np.ndarray:
+        content = document.content
+        if document.form == "tokens":
+            if content.min() < 0 or content.max() >= self.size:
+                wrong = content[(content < 0) | (content >= self.size)][0]
+                raise ValueError(f"{document.where} has the id {wrong}; the tokenizer's are 0 to {self.size - 1}")
+            return content.astype(np.int32)
+        if document.form == "chat":
+            try:
+                content = self.tokenizer.apply_chat_template(content, tokenize=False)
+            except Exception as error:  # templates are programs, and raise what they like
+                raise ValueError(f"{document.where}: the chat template refuses the messages: {error}") from error
+        return np.asarray(self.tokenizer(content, add_special_tokens=False)["input_ids"], np.int32)
+
+
+def _token_id(token: int | str, tokenizer: Any, vocabulary: dict[str, int], size: int) -> int:
+    if isinstance(token, int):
+        if not 0 <= token < size:
+            raise ValueError(f"data.drop_tokens: got the id {token}; the tokenizer's are 0 to {size - 1}")
+        return token
+    if token in vocabulary:
+        return vocabulary[token]
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(f"data.drop_tokens: {token!r} is {len(ids)} tokens of the tokenizer; give tokens one by one")
+    return ids[0]
+
+
+class Encoder:
+    """Encodes sequences of documents, ahead of need where there are loader processes.
+
+    Arguments:
+        encode: what to do with a document.
+        workers: loader processes, which are spawned; 0: none, a document is encoded when it is asked for.
+    """
+
+    def __init__(self, encode: Encode, workers: int = 0) -> None:
+        self.encode, self.workers = encode, workers
+        self._pool: ProcessPoolExecutor | None = None
+        if workers:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(encode,))
+
+    def encoded(self, documents: Iterator[tuple[Document, Any]]) -> Iterator[tuple[Encoded, Any]]:
+        """The documents' tokens, each with what came with the document.
+
+        Raises:
+            ValueError: see `Encode`; whatever reading the documents raises, after those before it.
+            RuntimeError: a loader process died.
+        """
+        if self._pool is None:
+            yield from ((self.encode(document), position) for document, position in documents)
+            return
+        waiting: deque[tuple[list[Any], Future[tuple[list[Encoded], Exception | None]]]] = deque()
+        batches = _batches(documents)
+        fault: Exception | None = None
+        while fault is None:
+            while len(waiting) < 2 * self.workers and (batch := next(batches, None)):
+                waiting.append(([position for _, position in batch[0]], self._submit(batch)))
+            if not waiting:
+                return
+            positions, future = waiting.popleft()
+            try:
+                found, fault = future.result()
+            except BrokenProcessPool as error:
+                raise RuntimeError(
+                    "data.workers: a loader process died (was it killed, or out of memory?); with workers > 0 a script "
+                    "must start its work under `if __name__ == '__main__':`"
+                ) from error
+            yield from zip(found, positions, strict=False)
+        raise fault
+
+    def _submit(self, batch: _Batch) -> Future[tuple[list[Encoded], Exception | None]]:
+        documents, fault = batch
+        # A process inherits what its parent's thread blocks: without this, Ctrl-C before `_begin` is a traceback.
+        before = _block_interrupts()
+        try:
+            assert self._pool is not None
+            return self._pool.submit(_encode_batch, [document for document, _ in documents], fault)
+        finally:
+            if before is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def close(self) -> None:
+        """End the loader processes."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+_Batch = tuple[Sequence[tuple[Document, Any]], Exception | None]
+"""Documents with their positions, and what reading raised after them."""
+
+
+def _batches(documents: Iterator[tuple[Document, Any]]) -> Iterator[_Batch]:
+    while True:
+        batch: list[tuple[Document, Any]] = []
+        characters, fault = 0, None
+        try:
+            for item in itertools.islice(documents, _DOCUMENTS):
+                batch.append(item)
+                characters += 100 if item[0].form == "chat" else len(item[0].content)
+                if characters >= _CHARACTERS:
+                    break
+        except Exception as error:
+            fault = error
+        if not batch and fault is None:
+            return
+        yield batch, fault
+        if fault is not None:
+            return
+
+
+def _block_interrupts() -> set[Any] | None:
+    if not hasattr(signal, "pthread_sigmask"):
+        return None
+    return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+_encode: Callable[[Document], Encoded] | None = None  # of a loader process
+
+
+def _begin(encode: Encode) -> None:
+    """Make this process a loader: Ctrl-C is the parent's to handle, and without a parent there is nothing to do."""
+    global _encode
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many processes as were asked for, and no threads in them
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encode = encode
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _encode_batch(documents: list[Document], fault: Exception | None) -> tuple[list[Encoded], Exception | None]:
+    assert _encode is not None
+    found: list[Encoded] = []
+    for document in documents:
+        try:
+            found.append(_encode(document))
+        except Exception as error:
+            return found, error
+    return found, fault
