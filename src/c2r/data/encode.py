@@ -69,13 +69,12 @@ class Encode:
             ValueError: ids beyond the vocabulary, or messages that the chat template refuses.
         """
         ids, eos = self._ids(document), self.tokenizer.eos_token_id
-        # Chat templates and tokenised data may have an end of their own.
-        ends = eos is not None and (document.form == "text" or len(ids) == 0 or ids[-1] != eos)
         real = self.real[ids]
         if document.mask is not None:
             real &= document.mask
-        if ends:
-            ids, real = np.append(ids, np.int32(eos)), np.append(real, self.real[eos])
+        # Chats and tokenised data may have an end of their own.
+        if eos is not None and (document.form == "text" or len(ids) == 0 or ids[-1] != eos):
+            ids, real = np.append(ids, np.asarray([eos], np.int32)), np.append(real, self.real[eos])
         return Encoded(ids, real)
 
     def _ids(self, document: Document) -> np.ndarray:

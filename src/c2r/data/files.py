@@ -10,7 +10,7 @@ import random
 import sys
 import zlib
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class FileReader:
         if plain is not None and (source.chat_field or source.tokens_field):
             raise ValueError(f"{section}.path: {plain} is plain text; fields need .jsonl or .parquet")
 
-    @cached_property
+    @property
     def identity(self) -> str:
         """Of the files' names and sizes."""
         sizes = [[path.name, path.stat().st_size] for path in self.paths]
@@ -149,7 +149,7 @@ def _records(
 
 
 def _lines(path: Path, line: int, byte: int, section: str) -> Iterator[tuple[int, int, bytes]]:
-    zstd = _zstd() if path.suffix == ".zst" else None
+    zstd = zstd_module() if path.suffix == ".zst" else None
     opened: Any = zstd.open if zstd else gzip.open if path.suffix == ".gz" else open
     broken = (OSError, EOFError, zlib.error) + ((zstd.ZstdError,) if zstd else ())
     try:
@@ -162,7 +162,8 @@ def _lines(path: Path, line: int, byte: int, section: str) -> Iterator[tuple[int
         raise ValueError(f"{section}.path: {path} cannot be read after line {line}: {error}") from error
 
 
-def _zstd() -> Any:
+def zstd_module() -> Any:
+    """The standard library's, or before Python 3.14 its backport."""
     if sys.version_info >= (3, 14):
         from compression import zstd
     else:

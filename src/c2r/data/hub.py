@@ -47,7 +47,7 @@ class DataSetReader:
                 )
         return data.select_columns(fields_of(source)) if names else data
 
-    @cached_property
+    @property
     def identity(self) -> str:
         """Of the name and the number of shards or rows."""
         size = f"{self.data.num_shards} shards" if self.source.streaming else f"{len(self.data)} rows"
@@ -55,13 +55,14 @@ class DataSetReader:
 
     def read(self, seed: int, start: Any = None) -> Read:
         """See `Reader`; a position is the shard's number and its `state_dict`, or the number of rows read."""
-        records = self._streamed(seed, *(start or (0, None))) if self.source.streaming else self._rows(seed, start or 0)
+        records = self._streamed(seed, start) if self.source.streaming else self._rows(seed, start or 0)
         for place, record, position in records:
             document = as_document(record, place, self.section, self.source)
             if document is not None:
                 yield document, position
 
-    def _streamed(self, seed: int, first: int, state: Any) -> Iterator[tuple[str, dict[str, Any], Callable[[], Any]]]:
+    def _streamed(self, seed: int, start: Any) -> Iterator[tuple[str, dict[str, Any], Callable[[], Any]]]:
+        first, state = start or (0, None)
         shards = list(range(self.data.num_shards))
         random.Random(seed).shuffle(shards)
         for number, index in enumerate(shards[first:], first):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from c2r.config import DataConfig
@@ -26,7 +26,7 @@ class StdlibReader:
     def __init__(self, held_out: bool) -> None:
         self.held_out = held_out
 
-    @cached_property
+    @property
     def identity(self) -> str:
         """Of the files' paths below the library's folder, which follow the version of Python."""
         names = [path.parts[-3:] for path in stdlib_files()]

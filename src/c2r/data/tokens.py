@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from c2r.config import DataConfig
-from c2r.data.document import Reader
 from c2r.data.encode import Encode, Encoded, Encoder, special_ids
 from c2r.data.mixture import MIXER_START, PART_START, Mixer, Part, Position
 from c2r.data.sources import Shard, SpellingLists, check_source, open_reader, read_shard
@@ -73,43 +72,34 @@ def packed_rows(
     lists = _spelling_lists(config, tokenizer)
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard: got {shard}; accepted are an index and a count, 0 ≤ index < count")
-    return _packed(config, encode, readers, lists, seed, rows, held_out, epochs, start, shard)
 
+    def read() -> Iterator[Rows]:
+        text = {"seed": seed, "shard": list(shard), "text": [reader.identity for reader in readers.values()]}
+        if start is not None:
+            _check_start(text, start)
+        at = start or {"parts": [PART_START] * len(readers), **MIXER_START}
+        encoder = Encoder(encode, config.workers)
+        try:
+            parts = [
+                Part(section, config.sections[section], reader, encoder, seed, shard, state)
+                for (section, reader), state in zip(readers.items(), at["parts"], strict=True)
+            ]
+            spelling = None
+            if lists is not None:  # evaluation sees other lists than training, as it sees other files
+                spelling = encoder.encoded(
+                    read_shard(lists, seed + 1_000_003 if held_out else seed, shard, at["lists"])
+                )
+            mixer = Mixer(parts, spelling, config.words, at)
+            skip = start["skip"] if start else 0
+            while epochs is None or any(part.passes < epochs for part in parts):
+                last = epochs if len(parts) > 1 else parts[0].passes + 1
+                yield from _cut(mixer.until(last), skip, encode, config.context, rows, text)
+                mixer.reset()
+                skip = 0
+        finally:
+            encoder.close()
 
-def _packed(
-    config: DataConfig,
-    encode: Encode,
-    readers: dict[str, Reader],
-    lists: SpellingLists | None,
-    seed: int,
-    rows: int,
-    held_out: bool,
-    epochs: int | None,
-    start: Position | None,
-    shard: Shard,
-) -> Iterator[Rows]:
-    text = {"seed": seed, "shard": list(shard), "text": [reader.identity for reader in readers.values()]}
-    if start is not None:
-        _check_start(text, start)
-    at = start or {"parts": [PART_START] * len(readers), **MIXER_START}
-    encoder = Encoder(encode, config.workers)
-    try:
-        parts = [
-            Part(section, config.sections[section], reader, encoder, seed, shard, state)
-            for (section, reader), state in zip(readers.items(), at["parts"], strict=True)
-        ]
-        spelling = None
-        if lists is not None:  # evaluation sees other lists than training, as it sees other files
-            spelling = encoder.encoded(read_shard(lists, seed + 1_000_003 if held_out else seed, shard, at["lists"]))
-        mixer = Mixer(parts, spelling, config.words, at)
-        skip = start["skip"] if start else 0
-        while epochs is None or any(part.passes < epochs for part in parts):
-            last = epochs if len(parts) > 1 else parts[0].passes + 1
-            yield from _cut(mixer.until(last), skip, encode, config.context, rows, text)
-            mixer.reset()
-            skip = 0
-    finally:
-        encoder.close()
+    return read()
 
 
 def _cut(
