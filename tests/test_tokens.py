@@ -315,32 +315,33 @@ def test_workers_report_faults_after_the_rows_before_them(tmp_path: Path) -> Non
 
 
 READING = """
-import multiprocessing, sys, time
-import c2r.data.encode
-from c2r.config import DataConfig
-from c2r.data.tokens import packed_rows
-from planted import planted_tokenizer
+import itertools, multiprocessing, time
+import numpy as np
+from c2r.data import encode
+from c2r.data.document import Document
+
+def length(document):
+    return encode.Encoded(np.array([len(document.content)]), np.array([True]))
+
 if __name__ == "__main__":
-    config = DataConfig(source="files", path=sys.argv[1], context=11, workers=1)
-    c2r.data.encode._DOCUMENTS = 7
-    rows = packed_rows(config, planted_tokenizer(), rows=1, epochs=None)
-    for number, _ in enumerate(rows):
+    documents = ((Document("text", "x" * 9000), number) for number in itertools.count())
+    for encoded, number in encode.Encoder(length, 2).encoded(documents):
+        assert encoded.ids[0] == 9000
         if number == 40:
             print(*(child.pid for child in multiprocessing.active_children()), flush=True)
         time.sleep(0.001)
 """
 
 
-def test_workers_ignore_ctrl_c_and_die_with_their_parent(folder: Path, tmp_path: Path) -> None:
+def test_workers_ignore_ctrl_c_and_die_with_their_parent(tmp_path: Path) -> None:
     script = tmp_path / "reading.py"
     script.write_text(READING)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    command = [sys.executable, str(script), str(folder / "jsonl")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as parent:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=environment, text=True) as parent:
         try:
             assert parent.stdout is not None
             workers = [int(word) for word in parent.stdout.readline().split()]
-            assert len(workers) == 1
+            assert len(workers) == 2
             for worker in workers:
                 os.kill(worker, signal.SIGINT)
             time.sleep(0.3)

@@ -113,7 +113,7 @@ class Encoder:
         workers: loader processes, which are spawned; 0: none, a document is encoded when it is asked for.
     """
 
-    def __init__(self, encode: Encode, workers: int = 0) -> None:
+    def __init__(self, encode: Callable[[Document], Encoded], workers: int = 0) -> None:
         self.encode, self.workers = encode, workers
         self._pool: ProcessPoolExecutor | None = None
         if workers:
@@ -198,7 +198,7 @@ def _block_interrupts() -> set[Any] | None:
 _encode: Callable[[Document], Encoded] | None = None  # of a loader process
 
 
-def _begin(encode: Encode) -> None:
+def _begin(encode: Callable[[Document], Encoded]) -> None:
     """Make this process a loader: Ctrl-C is the parent's to handle, and without a parent there is nothing to do."""
     global _encode
     signal.signal(signal.SIGINT, signal.SIG_IGN)
