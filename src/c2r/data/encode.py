@@ -130,32 +130,34 @@ class Encoder:
         if self._pool is None:
             yield from ((self.encode(document), position) for document, position in documents)
             return
-        waiting: deque[tuple[list[Any], Future[tuple[list[Encoded], Exception | None]]]] = deque()
+        waiting: deque[tuple[list[Any], Exception | None, Future[_Result]]] = deque()
         batches = _batches(documents)
         fault: Exception | None = None
         while fault is None:
             while len(waiting) < 2 * self.workers and (batch := next(batches, None)):
-                waiting.append(([position for _, position in batch[0]], self._submit(batch)))
+                read, reading = batch
+                future = self._submit([document for document, _ in read])
+                waiting.append(([position for _, position in read], reading, future))
             if not waiting:
                 return
-            positions, future = waiting.popleft()
+            positions, reading, future = waiting.popleft()
             try:
-                found, fault = future.result()
+                found, encoding = future.result()
             except BrokenProcessPool as error:
                 raise RuntimeError(
                     "data.workers: a loader process died (was it killed, or out of memory?); with workers > 0 a script "
                     "must start its work under `if __name__ == '__main__':`"
                 ) from error
             yield from zip(found, positions, strict=False)
+            fault = encoding or reading
         raise fault
 
-    def _submit(self, batch: _Batch) -> Future[tuple[list[Encoded], Exception | None]]:
-        documents, fault = batch
+    def _submit(self, documents: list[Document]) -> Future[_Result]:
         # A process inherits what its parent's thread blocks: without this, Ctrl-C before `_begin` is a traceback.
         before = _block_interrupts()
         try:
             assert self._pool is not None
-            return self._pool.submit(_encode_batch, [document for document, _ in documents], fault)
+            return self._pool.submit(_encode_batch, documents)
         finally:
             if before is not None:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -166,11 +168,14 @@ class Encoder:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-_Batch = tuple[Sequence[tuple[Document, Any]], Exception | None]
-"""Documents with their positions, and what reading raised after them."""
+_Result = tuple[list[Encoded], Exception | None]
+"""Encoded documents, and what encoding the next one raised."""
 
 
-def _batches(documents: Iterator[tuple[Document, Any]]) -> Iterator[_Batch]:
+def _batches(
+    documents: Iterator[tuple[Document, Any]],
+) -> Iterator[tuple[Sequence[tuple[Document, Any]], Exception | None]]:
+    """Documents with their positions, and what reading on raised."""
     while True:
         batch: list[tuple[Document, Any]] = []
         characters, fault = 0, None
@@ -214,7 +219,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_batch(documents: list[Document], fault: Exception | None) -> tuple[list[Encoded], Exception | None]:
+def _encode_batch(documents: list[Document]) -> _Result:
     assert _encode is not None
     found: list[Encoded] = []
     for document in documents:
@@ -222,4 +227,4 @@ def _encode_batch(documents: list[Document], fault: Exception | None) -> tuple[l
             found.append(_encode(document))
         except Exception as error:
             return found, error
-    return found, fault
+    return found, None

@@ -12,7 +12,7 @@ from c2r.config import DataConfig
 from c2r.data.document import Document, Read, Reader
 from c2r.data.files import FileReader
 from c2r.data.hub import DataSetReader
-from c2r.data.text import spelling_documents, stdlib_files, stdlib_sources
+from c2r.data.text import spelling_lists, stdlib_files, stdlib_sources
 from c2r.data_config import TextSource
 
 Shard = tuple[int, int]
@@ -75,7 +75,7 @@ class Windows:
 
 
 class SpellingLists:
-    """Spelling lists without end; a position is the number of lists read."""
+    """Spelling lists without end; see `spelling_lists` for their positions."""
 
     identity = "spelling lists"
 
@@ -84,9 +84,8 @@ class SpellingLists:
 
     def read(self, seed: int, start: Any = None) -> Read:
         """See `Reader`."""
-        for number, text in enumerate(spelling_documents(self.words, seed)):
-            if number >= (start or 0):
-                yield Document("text", text), partial(int, number + 1)
+        for text, position in spelling_lists(self.words, seed, start):
+            yield Document("text", text), partial(list, position)
 
 
 def open_reader(section: str, source: TextSource, held_out: bool = False) -> Reader:

@@ -65,15 +65,30 @@ def spelling_documents(words: Sequence[str], seed: int = 0) -> Iterator[str]:
     Every fifth list spells its words out instead (`"\n word : w o r d"`). Embedded in the training text,
     they make a word's first letter something that the model computes at the word's own token.
     """
+    return (text for text, _ in spelling_lists(words, seed))
+
+
+def spelling_lists(words: Sequence[str], seed: int = 0, start: Any = None) -> Iterator[tuple[str, list[Any]]]:
+    """The lists of `spelling_documents` from a position on, each with the position after it.
+
+    A position, of JSON's values, is the generator's state before the words were shuffled last, how many lists there
+    were until then, and how many since.
+    """
     rng = random.Random(seed)
-    number = 0
+    before = served = 0
+    if start is not None:
+        state, before, served = start
+        rng.setstate((3, tuple(state), None))
     while True:
+        state = list(rng.getstate()[1])
         deck = list(words)
         rng.shuffle(deck)
-        for start in range(0, len(deck), PAIRS_PER_LIST):
-            part = deck[start : start + PAIRS_PER_LIST]
-            number += 1
-            if number % 5 == 0:
-                yield "".join(f"\n {word} : {' '.join(word.lower())}" for word in part[: PAIRS_PER_LIST // 3])
+        parts = range(0, len(deck), PAIRS_PER_LIST)
+        for place, first in enumerate(parts[served:], served + 1):
+            part = deck[first : first + PAIRS_PER_LIST]
+            if (before + place) % 5 == 0:
+                text = "".join(f"\n {word} : {' '.join(word.lower())}" for word in part[: PAIRS_PER_LIST // 3])
             else:
-                yield "".join(f"\n {word} {word[0].upper()}" for word in part)
+                text = "".join(f"\n {word} {word[0].upper()}" for word in part)
+            yield text, [state, before, place]
+        before, served = before + len(parts), 0
