@@ -124,11 +124,13 @@ class NeighborTable:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if never stopped."""
-        return {"index": self.index_F, "cursor": self.cursor, "generator": self.generator.get_state()}
+        measured = {"churn": self.churn, "regret": self.regret}
+        return {"index": self.index_F, "cursor": self.cursor, "generator": self.generator.get_state(), **measured}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state of `state_dict`."""
         self.index_F, self.cursor = state["index"], state["cursor"]
+        self.churn, self.regret = state["churn"], state["regret"]
         self.generator.set_state(state["generator"])
 
 
