@@ -68,6 +68,16 @@ def tiny_run(trained: Path, tmp_path: Path) -> dict[str, Path]:
     return {name: tmp_path / "run" / name for name in ("baseline", "c2r")}
 
 
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on known features that nothing has disturbed."""
+    from c2r.train.trainer import train
+    from helpers import known_run
+
+    folder = tmp_path_factory.mktemp("known") / "whole"
+    train(known_run(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from helpers import write_corpus

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.resources import files
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from c2r.config import Hook, ModelConfig
+from c2r.config import Hook, HookPoint, ModelConfig
+from c2r.data.memory import RoomError, check_fits
 
 Replace = Callable[[Tensor], Tensor]
 
@@ -73,6 +75,41 @@ class LanguageModel:
     def activations(self, ids_RT: Tensor) -> Tensor:
         """What the hook point emits, fp32 `[R, T, D]`; nothing after it is computed."""
         return self._until(self._module, self.hook, input_ids=ids_RT.to(self.device), use_cache=False).float()
+
+    def check_points(self, points: Sequence[HookPoint]) -> None:
+        """Find hook points that the model does not have.
+
+        Raises:
+            ValueError: no such layer, or a block without such a part.
+        """
+        for point in points:
+            self._module_at(point)
+
+    @torch.no_grad()
+    def activations_at(self, ids_RT: Tensor, points: Sequence[HookPoint]) -> dict[HookPoint, Tensor]:
+        """What each hook point emits, `[R, T, D]` in the model's own precision; one pass, which ends with the last."""
+        seen: dict[HookPoint, Tensor] = {}
+
+        def keeping(point: HookPoint) -> Replace:
+            def keep(hidden: Tensor) -> Tensor:
+                seen[point] = hidden
+                if len(seen) == len(points):
+                    raise _Reached
+                return hidden
+
+            return keep
+
+        with contextlib.ExitStack() as hooks:
+            for point in points:
+                hooks.enter_context(_hooked(self._module_at(point), point.hook, keeping(point)))
+            hooks.enter_context(contextlib.suppress(_Reached))
+            self.model(input_ids=ids_RT.to(self.device), use_cache=False)
+        return seen
+
+    def _module_at(self, point: HookPoint) -> nn.Module:
+        blocks = _blocks(self.model)
+        _check_layer(point.layer, len(blocks))
+        return _hooked_module(blocks[point.layer], point.hook)
 
     @torch.no_grad()
     def continuations(self, openings_PS: Tensor, ids_RT: Tensor) -> Tensor:
@@ -132,12 +169,18 @@ def load_language_model(config: ModelConfig, device: str | torch.device = "cpu")
     path = model_path(config.name)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
-        blocks = AutoConfig.from_pretrained(path, **options).get_text_config().num_hidden_layers
-        _check_layer(config.layer, blocks)  # before gigabytes are read
+        architecture = AutoConfig.from_pretrained(path, **options)
+        _check_layer(config.layer, architecture.get_text_config().num_hidden_layers)  # before gigabytes are read
+        _check_fits(config, architecture, torch.device(device))
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
-    except LayerError:
+    except (LayerError, RoomError):
         raise
+    except UnpicklingError as error:  # transformers reads pytorch_model.bin with weights_only=True
+        raise ValueError(
+            f"model.name: {config.name!r} holds a pickle with code in it, which was not run; c2r reads "
+            f"safetensors, and pickles of tensors alone ({str(error).splitlines()[0]})"
+        ) from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"model.name: cannot load {config.name!r}; accepted are 'embedded', a folder in Hugging Face format, or a "
@@ -145,6 +188,28 @@ def load_language_model(config: ModelConfig, device: str | torch.device = "cpu")
         ) from error
     model = model.to(torch.device(device)).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
     return LanguageModel(model, tokenizer, layer=config.layer, hook=config.hook)
+
+
+def _check_fits(config: ModelConfig, architecture: Any, device: torch.device) -> None:
+    """Refuse a model whose weights alone are more than there is room for; nothing is loaded for it.
+
+    Where the size cannot be known before (quantised weights, a model that cannot be made without memory) all pass.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if getattr(architecture, "quantization_config", None) is not None:
+        return
+    try:
+        with torch.device("meta"):  # shapes without memory
+            empty = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
+    except (RuntimeError, NotImplementedError):
+        return
+    size = sum(weight.numel() for weight in empty.parameters()) * getattr(torch, config.dtype).itemsize
+    for place in dict.fromkeys((torch.device("cpu"), device)):  # weights pass through the CPU's memory
+        check_fits(
+            f"model.name: the weights of {config.name!r} as {config.dtype}", size, place,
+            "lower model.dtype (bfloat16 is half of float32), or take a smaller model",
+        )  # fmt: skip
 
 
 def _check_layer(layer: int, blocks: int) -> None:

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from c2r.config import AnyData, DataConfig, RunConfig
+from c2r.config import RunConfig
+from c2r.data.cache import CacheReader, open_cache
 from c2r.data.features import known_features
-from c2r.data.harvest import LanguageModel, load_language_model
+from c2r.data.harvest import load_language_model
+from c2r.data.reader import live_reader
 from c2r.data.stream import ActivationStream, SyntheticStream
-from c2r.data.tokens import check_source, packed_rows
-from c2r.interop.saelens import hook_name
+from c2r.data.tokens import check_source
+from c2r.methods import SAEConfig
 from c2r.presets import SyntheticConfig
 
 Stream = ActivationStream | SyntheticStream
@@ -21,67 +23,76 @@ Stream = ActivationStream | SyntheticStream
 class Source(NamedTuple):
     """A stream of activations and what an SAE's folder says of it."""
 
+    config: RunConfig
     stream: Stream
     d_in: int
-    model: dict[str, Any] | None
-    """The language model's section of the configuration; None without one."""
     metadata: dict[str, Any]
-    """What SAELens keeps of an SAE's origin."""
+    """What SAELens keeps of an SAE's origin, all but the hook point."""
+
+    def model_of(self, sae: SAEConfig) -> dict[str, Any] | None:
+        """The language model's section of the configuration with the SAE's own hook point; None without a model."""
+        if isinstance(self.config.data, SyntheticConfig):
+            return None
+        return self.config.model.model_dump(mode="json") | self.config.point(sae)._asdict()
+
+    def metadata_of(self, sae: SAEConfig) -> dict[str, Any]:
+        """What SAELens keeps of this SAE's origin."""
+        synthetic = isinstance(self.config.data, SyntheticConfig)
+        return self.metadata | {"hook_name": None if synthetic else self.config.point(sae).name}
 
 
-def check_data(data: AnyData) -> None:
+def check_data(config: RunConfig) -> None:
     """Find what is wrong with the data before a model is loaded.
 
     Raises:
-        ValueError: missing files, a source without text, or a preset whose parameters do not fit together.
+        ValueError: missing files, a source without text, a preset whose parameters do not fit together, or a cache
+            that is missing, unfinished or made of something else.
     """
-    if isinstance(data, SyntheticConfig):
-        known_features(data)
+    if isinstance(config.data, SyntheticConfig):
+        known_features(config.data)
+    elif config.cache is not None:
+        open_cache(config)
     else:
-        check_source(data)
+        check_source(config.data)
 
 
 def open_source(config: RunConfig, device: torch.device, console: Console) -> Source:
     """The configured activations.
 
     Raises:
-        ValueError: a model, text or preset that does not serve.
+        ValueError: a model, text, preset or cache that does not serve.
     """
-    if isinstance(config.data, SyntheticConfig):
-        return _known_features(config.data, config.seed, device, console)
-    lm = load_language_model(config.model, device)
-    check_context(config.data, config.model.name, lm)
-    # Text is read as often as the configured tokens ask for, each pass in another order.
-    rows = packed_rows(config.data, lm.tokenizer, seed=config.seed, rows=config.stream.rows, epochs=None)
-    hook = hook_name(config.model.layer, config.model.hook)
-    console.print(f"model {config.model.name}, {hook}, width {lm.d_in}")
+    data = config.data
+    if isinstance(data, SyntheticConfig):
+        return _known_features(config, data, device, console)
+    if config.cache is None:
+        lm = load_language_model(config.model, device)
+        reader, d_in, bos, where = live_reader(config, lm), lm.d_in, lm.tokenizer.bos_token_id is not None, "model"
+    else:
+        manifest = open_cache(config)
+        reader, where = CacheReader(config.cache.path, config.points, seed=config.seed), f"{config.cache.path}: model"
+        d_in, bos = manifest["d_in"], manifest["prepend_bos"]
+        if manifest["kept"] < config.train.tokens:
+            console.print(
+                f"[yellow]the cache has {manifest['kept']:,} tokens and train.tokens is {config.train.tokens:,}: "
+                "its shards are read again, each time in another order[/]"
+            )
+    console.print(f"{where} {config.model.name}, {', '.join(point.name for point in config.points)}, width {d_in}")
     metadata = {
         "model_name": config.model.name,
-        "hook_name": hook,
-        "context_size": config.data.context,
-        "prepend_bos": lm.tokenizer.bos_token_id is not None,
-        "dataset_path": config.data.path or config.data.source,
+        "context_size": data.context,
+        "prepend_bos": bos,
+        "dataset_path": data.path or data.source,
     }
-    stream = ActivationStream(lm, rows, config.stream, seed=config.seed, device=device)
-    return Source(stream, lm.d_in, config.model.model_dump(mode="json"), metadata)
+    stream = ActivationStream(reader, config.stream, tokens=config.train.tokens, seed=config.seed, device=device)
+    return Source(config, stream, d_in, metadata)
 
 
-def _known_features(data: SyntheticConfig, seed: int, device: torch.device, console: Console) -> Source:
+def _known_features(config: RunConfig, data: SyntheticConfig, device: torch.device, console: Console) -> Source:
     features = known_features(data)
     console.print(
         f"preset {data.preset}, {features.features} known features, {features.mean_l0:.2f} on at once, "
         f"width {features.d_in}"
     )
-    metadata = {"model_name": None, "hook_name": None, "dataset_path": f"synthetic:{data.preset}"}
-    return Source(SyntheticStream(features, seed=seed, device=device), features.d_in, None, metadata)
-
-
-def check_context(data: DataConfig, model: str, lm: LanguageModel) -> None:
-    """Refuse rows longer than the model can read.
-
-    Raises:
-        ValueError: names the field and the limit.
-    """
-    positions = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and data.context > positions:
-        raise ValueError(f"data.context: got {data.context}; {model} reads at most {positions} tokens")
+    metadata = {"model_name": None, "dataset_path": f"synthetic:{data.preset}"}
+    return Source(config, SyntheticStream(features, seed=config.seed, device=device), features.d_in, metadata)
