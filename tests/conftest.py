@@ -68,6 +68,7 @@ def tiny_run(trained: Path, tmp_path: Path) -> dict[str, Path]:
     return {name: tmp_path / "run" / name for name in ("baseline", "c2r")}
 
 
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on known features that nothing has disturbed."""
     from c2r.train.trainer import train
