@@ -18,7 +18,7 @@ import torch
 
 from c2r.config import TrainConfig
 from c2r.data.features import known_features
-from c2r.data.stream import SyntheticStream
+from c2r.data.stream import KNOWN, SyntheticStream
 from c2r.data.synthetic import KnownFeatures
 from c2r.eval.recovery import Recovery
 from c2r.methods import METHODS
@@ -53,9 +53,9 @@ def train_and_measure(
     )
     run = Run(config, TrainConfig(tokens=steps * BATCH, batch=BATCH, lr=lr, precision="float32"), features.d_in)
     stream = SyntheticStream(features, seed=seed)
-    for x_BD in stream.batches(BATCH, steps * BATCH):
-        run.step(x_BD)
-    found = Recovery(run.export(stream.scale), features)
+    for x in stream.batches(BATCH, steps * BATCH):
+        run.step(x[KNOWN])
+    found = Recovery(run.export(stream.scale[KNOWN]), features)
     for sample in features.held_out(EVALUATED, seed):
         found.add(sample)
     fidelity = found.fidelity.metrics()

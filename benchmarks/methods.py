@@ -16,7 +16,7 @@ import torch
 
 from c2r.config import TrainConfig
 from c2r.data.features import known_features
-from c2r.data.stream import SyntheticStream
+from c2r.data.stream import KNOWN, SyntheticStream
 from c2r.data.synthetic import KnownFeatures
 from c2r.eval.cofiring import Cofiring
 from c2r.eval.core import Fidelity
@@ -44,10 +44,10 @@ def train_and_measure(
     )
     run = Run(config, TrainConfig(tokens=steps * batch, batch=batch, lr=3e-3, precision="float32"), tree.d_in)
     stream = SyntheticStream(tree, seed=1)
-    for x_BD in stream.batches(batch, steps * batch):
-        run.step(x_BD)
+    for x in stream.batches(batch, steps * batch):
+        run.step(x[KNOWN])
     sae = run.export()
-    x = next(tree.held_out(20_000, batch=20_000)).x_BD / stream.scale
+    x = next(tree.held_out(20_000, batch=20_000)).x_BD / stream.scale[KNOWN]
     with torch.no_grad():
         acts = sae.encode(x)
         fidelity, pairs = Fidelity(sae.width, sae.d_in), Cofiring(sae.W_dec)

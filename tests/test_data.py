@@ -10,11 +10,10 @@ import pytest
 import torch
 import transformers
 
-from c2r.config import DataConfig, ModelConfig, StreamConfig
+from c2r.config import DataConfig, ModelConfig
 from c2r.data.harvest import LanguageModel, load_language_model, pick_device
-from c2r.data.stream import ActivationStream
 from c2r.data.text import spelling_documents, stdlib_documents, vocabulary_words
-from c2r.data.tokens import Rows, check_source, packed_rows
+from c2r.data.tokens import check_source, packed_rows
 from helpers import CONFIGS, tiny_tokenizer, write_corpus
 
 FAMILIES = list(CONFIGS)
@@ -222,90 +221,3 @@ def test_wrong_layers_models_and_devices_are_named(tiny_models: dict[str, Path],
         load_language_model(ModelConfig(name=str(tmp_path / "none")))
     with pytest.raises(ValueError, match=r"train\.device: got 'gpu'"):
         pick_device("gpu")
-
-
-# The stream
-
-
-class Counting(LanguageModel):
-    """Activations that name their token: x = (id, 1, 0, …), so that a batch tells where it came from."""
-
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
-        config = transformers.LlamaConfig(
-            vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
-        )
-        super().__init__(transformers.LlamaForCausalLM(config), tokenizer, layer=0, hook="resid_post")
-
-    def activations(self, ids_RT: torch.Tensor) -> torch.Tensor:
-        x = torch.zeros(*ids_RT.shape, 4)
-        x[..., 0], x[..., 1] = ids_RT, 1.0
-        return x
-
-
-def numbered_rows(tokens: int, context: int = 10) -> list[Rows]:
-    """Token ids 1 … `tokens` in order; the last of each row is not real."""
-    ids = torch.arange(1, tokens + 1).view(-1, context)
-    real = torch.ones_like(ids, dtype=torch.bool)
-    real[:, -1] = False
-    return [Rows(*part) for part in zip(ids.split(3), real.split(3), strict=True)]
-
-
-@pytest.mark.parametrize(("buffer", "batch"), [(64, 32), (64, 7), (300, 50), (64, 64), (5000, 100)])
-def test_every_activation_is_served_once(buffer: int, batch: int) -> None:
-    config = StreamConfig(buffer_tokens=buffer, max_norm_multiple=None)
-    stream = ActivationStream(Counting(tiny_tokenizer()), iter(numbered_rows(1000)), config)
-    batches = list(stream.batches(batch, 10_000))
-    assert all(len(b) == batch for b in batches[:-1])
-    served = torch.cat(batches)[:, 0].mul(stream.scale).round().long().tolist()
-    assert sorted(served) == [i for i in range(1, 1001) if i % 10]
-    assert served != sorted(served)
-
-
-def test_a_buffer_shuffles_over_its_whole_size() -> None:
-    stream = ActivationStream(
-        Counting(tiny_tokenizer()), iter(numbered_rows(3000)), StreamConfig(buffer_tokens=1000, max_norm_multiple=None)
-    )
-    first = next(iter(stream.batches(100, 100)))[:, 0] * stream.scale
-    assert first.max() - first.min() > 800
-
-
-def test_the_seed_decides_the_shuffle() -> None:
-    config = StreamConfig(buffer_tokens=1000, max_norm_multiple=None)
-    first, same, other = (
-        next(ActivationStream(Counting(tiny_tokenizer()), iter(numbered_rows(1000)), config, seed=s).batches(100, 100))
-        for s in (0, 0, 1)
-    )
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-
-
-def test_the_stream_stops_at_the_tokens_asked_for() -> None:
-    stream = ActivationStream(
-        Counting(tiny_tokenizer()), iter(numbered_rows(1000)), StreamConfig(buffer_tokens=64, max_norm_multiple=None)
-    )
-    assert [len(b) for b in stream.batches(32, 100)] == [32, 32, 32, 4]
-
-
-def test_outliers_are_dropped_and_the_rest_has_unit_mean_square() -> None:
-    rows = numbered_rows(1000)
-    rows[0].ids[0, 0] = 10_000_000
-    stream = ActivationStream(Counting(tiny_tokenizer()), iter(rows), StreamConfig(buffer_tokens=2000))
-    x = torch.cat(list(stream.batches(100, 10_000)))
-    assert stream.dropped == 1
-    assert len(x) == 899
-    assert x.square().sum(1).mean().item() == pytest.approx(1, rel=1e-5)
-    assert stream.median_norm == pytest.approx(500, rel=0.01)
-
-
-def test_text_without_tokens_and_infinite_activations_are_named() -> None:
-    rows = numbered_rows(100)
-    rows[0].real[:] = False
-    with pytest.raises(ValueError, match="no token besides"):
-        ActivationStream(Counting(tiny_tokenizer()), iter(rows[:1]), StreamConfig())
-
-    class Broken(Counting):
-        def activations(self, ids_RT: torch.Tensor) -> torch.Tensor:
-            return super().activations(ids_RT) / 0
-
-    with pytest.raises(ValueError, match="not finite"):
-        ActivationStream(Broken(tiny_tokenizer()), iter(numbered_rows(100)), StreamConfig())

@@ -14,7 +14,7 @@ import c2r
 from c2r.codes import norms, to_dense
 from c2r.config import TrainConfig, load_config
 from c2r.data.features import known_features
-from c2r.data.stream import SyntheticStream
+from c2r.data.stream import KNOWN, SyntheticStream
 from c2r.interop.saelens import save_sae
 from c2r.loss.terms import lp
 from c2r.methods import (
@@ -37,7 +37,7 @@ from c2r.train.trainer import train
 from helpers import run_config, write_corpus
 
 TREE = known_features(preset("tree", parents=4, children=3, independent=8, d_in=24))
-SCALE = SyntheticStream(TREE).scale
+SCALE = SyntheticStream(TREE).scale[KNOWN]
 SETTINGS: dict[str, dict[str, Any]] = {
     "standard": {"l1": 0.05},
     "april_update": {"l1": 0.05},

@@ -15,7 +15,7 @@ from torch import Tensor
 import c2r
 from c2r.config import RunConfig, TrainConfig, parse_config
 from c2r.data.features import known_features, unit_directions, with_cosine
-from c2r.data.stream import SyntheticStream
+from c2r.data.stream import KNOWN, SyntheticStream
 from c2r.data.synthetic import KnownFeatures, Sample
 from c2r.eval.stability import matched_cosine, random_agreement
 from c2r.eval.suite import evaluate
@@ -213,14 +213,14 @@ def test_any_tree_keeps_its_rules(
 def test_the_stream_is_scaled_seeded_and_cut_as_asked() -> None:
     features = small()
     stream = SyntheticStream(features, seed=3)
-    whole = torch.cat(list(stream.batches(1000, 20_500)))
+    whole = torch.cat([x[KNOWN] for x in stream.batches(1000, 20_500)])
     assert whole.shape == (20_500, 12)
     assert whole.square().sum(1).mean().item() == pytest.approx(1, rel=0.06)  # five standard errors
-    assert stream.median_norm / stream.scale == pytest.approx(whole.norm(dim=1).median().item(), rel=0.08)
-    cut = list(SyntheticStream(features, seed=3).batches(300, 20_500))
+    assert stream.median_norm[KNOWN] / stream.scale[KNOWN] == pytest.approx(whole.norm(dim=1).median().item(), rel=0.08)
+    cut = [x[KNOWN] for x in SyntheticStream(features, seed=3).batches(300, 20_500)]
     assert {len(part) for part in cut} == {300, 100}
     assert torch.equal(torch.cat(cut), whole)
-    assert not torch.equal(next(SyntheticStream(features, seed=4).batches(300, 300)), cut[0])
+    assert not torch.equal(next(SyntheticStream(features, seed=4).batches(300, 300))[KNOWN], cut[0])
 
 
 def test_held_out_activations_are_others_and_all_there() -> None:
@@ -228,7 +228,7 @@ def test_held_out_activations_are_others_and_all_there() -> None:
     parts = list(features.held_out(5000, batch=2048))
     assert [len(part.x_BD) for part in parts] == [2048, 2048, 904]
     stream = SyntheticStream(features)
-    assert not torch.equal(parts[0].x_BD[:100], next(stream.batches(100, 100)) * stream.scale)
+    assert not torch.equal(parts[0].x_BD[:100], next(stream.batches(100, 100))[KNOWN] * stream.scale[KNOWN])
 
 
 # Refusals

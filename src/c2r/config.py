@@ -13,10 +13,19 @@ import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from c2r.data_config import DataConfig, MixturePart
-from c2r.methods import METHODS, AnySAE, ConsistencyConfig, Frozen, Positive, SAEConfig, Share, TopKConfig
+from c2r.methods import (
+    METHODS,
+    AnySAE,
+    ConsistencyConfig,
+    Frozen,
+    Hook,
+    HookPoint,
+    Positive,
+    SAEConfig,
+    Share,
+    TopKConfig,
+)
 from c2r.presets import PRESETS, SyntheticConfig, of_preset
-
-Hook = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
 
 
 class ModelConfig(Frozen):
@@ -30,6 +39,11 @@ class ModelConfig(Frozen):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     revision: str | None = None
     trust_remote_code: bool = False
+
+    @property
+    def point(self) -> HookPoint:
+        """The hook point of SAEs that name none of their own."""
+        return HookPoint(self.layer, self.hook)
 
 
 def _of_its_source(value: Any) -> Any:
@@ -50,11 +64,26 @@ class StreamConfig(Frozen):
     """How activations are filtered, scaled and shuffled on their way to the SAEs."""
 
     buffer_tokens: Positive = 131_072
-    """Activations held for shuffling."""
+    """Activations of a window; the text is cut into windows and each is shuffled. All of one is held in memory."""
+    ahead_tokens: Positive | None = None
+    """Activations that the language model may be ahead of the window; null: a quarter of `buffer_tokens`."""
     max_norm_multiple: Annotated[float, Field(gt=1)] | None = 10.0
     """Tokens whose norm exceeds this many median norms are dropped; null keeps all."""
     rows: Positive = 32
     """Rows of `data.context` tokens a forward pass of the language model."""
+
+
+class CacheConfig(Frozen):
+    """Activations on disk: `c2r harvest` writes them, `c2r train` reads them in place of a language model."""
+
+    path: Path
+    """Its folder."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """null: bfloat16 where the model is, else float32; so nothing is rounded."""
+    tokens: Positive | None = None
+    """Activations to keep; null: `train.tokens`. A cache that is shorter than that is read again in another order."""
+    shard_tokens: Positive = 65_536
+    """Activations of a file, roughly: it ends with a forward pass. One is held in memory while read or written."""
 
 
 class TrainConfig(Frozen):
@@ -89,6 +118,8 @@ class RunConfig(Frozen):
     model: ModelConfig = ModelConfig()
     data: AnyData = DataConfig()
     stream: StreamConfig = StreamConfig()
+    cache: CacheConfig | None = None
+    """None (null): the language model runs while training."""
     train: TrainConfig
     saes: Annotated[list[AnySAE], Field(min_length=1)]
 
@@ -98,14 +129,16 @@ class RunConfig(Frozen):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"saes: the names {twice} occur more than once; each SAE needs its own folder")
-        unused = sorted({"model", "stream"} & self.model_fields_set) if isinstance(self.data, SyntheticConfig) else []
-        if unused:
+        unused = sorted({"cache", "model", "stream"} & self.model_fields_set)
+        if unused and isinstance(self.data, SyntheticConfig):
             raise ValueError(f"{unused[0]}: given, but source 'synthetic' makes its activations without; leave it out")
         if not isinstance(self.data, SyntheticConfig) and self.stream.buffer_tokens < self.train.batch:
             raise ValueError(
                 f"stream.buffer_tokens: got {self.stream.buffer_tokens}, less than train.batch {self.train.batch}"
             )
         for sae in self.saes:
+            if isinstance(self.data, SyntheticConfig) and (sae.layer is not None or sae.hook is not None):
+                raise ValueError(f"saes.{sae.name}: layer or hook given, but known features have none; leave it out")
             if (
                 isinstance(sae, TopKConfig)
                 and sae.threshold_start is not None
@@ -116,6 +149,16 @@ class RunConfig(Frozen):
                     f"{self.train.steps} steps; the inference threshold would never be learnt"
                 )
         return self
+
+    def point(self, sae: SAEConfig) -> HookPoint:
+        """Where the activations that an SAE learns are read."""
+        layer, hook = self.model.point
+        return HookPoint(layer if sae.layer is None else sae.layer, hook if sae.hook is None else sae.hook)
+
+    @property
+    def points(self) -> tuple[HookPoint, ...]:
+        """All hook points of the run, each once, in the order of the SAEs."""
+        return tuple(dict.fromkeys(map(self.point, self.saes)))
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -171,6 +214,7 @@ def _fields_at(location: tuple[int | str, ...], raw: dict[str, Any]) -> list[str
         "data": DataConfig,
         "parts": MixturePart,
         "stream": StreamConfig,
+        "cache": CacheConfig,
         "train": TrainConfig,
         "c2r": ConsistencyConfig,
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
@@ -26,6 +26,34 @@ RESERVED = (
 def _whole(value: Any) -> Any:
     """YAML 1.1 reads 2e6 as text; take it as the count it was meant to be."""
     return int(float(value)) if isinstance(value, str) and _WHOLE.fullmatch(value) else value
+
+
+Hook = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
+
+
+class HookPoint(NamedTuple):
+    """A place in a language model whose activations are learnt."""
+
+    layer: int
+    """Block, counted from 0."""
+    hook: Hook
+
+    @property
+    def name(self) -> str:
+        """In the field's (TransformerLens's) words."""
+        return f"blocks.{self.layer}.hook_{self.hook}"
+
+    @classmethod
+    def of(cls, name: str) -> HookPoint:
+        """The hook point of such a name.
+
+        Raises:
+            ValueError: the name is none of ours.
+        """
+        found = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", name)
+        if found is None or found[2] not in get_args(Hook):
+            raise ValueError(f"hook point: got {name!r}; expected blocks.N.hook_X, X being one of {get_args(Hook)}")
+        return cls(int(found[1]), cast(Hook, found[2]))
 
 
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
@@ -79,6 +107,10 @@ class SAEConfig(Frozen):
     method: str
     width: Annotated[int, Field(ge=2)]
     """F, the number of latents."""
+    layer: Annotated[int, Field(ge=0)] | None = None
+    """Block whose activations it learns; null: `model.layer`."""
+    hook: Hook | None = None
+    """null: `model.hook`."""
     seed: int | None = None
     """Of the initialisation; null: the run's seed, so that the SAEs of a run are paired."""
     init: Path | None = None

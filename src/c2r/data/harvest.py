@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.resources import files
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from c2r.config import Hook, ModelConfig
+from c2r.config import Hook, HookPoint, ModelConfig
 
 Replace = Callable[[Tensor], Tensor]
 
@@ -72,6 +72,41 @@ class LanguageModel:
     def activations(self, ids_RT: Tensor) -> Tensor:
         """What the hook point emits, fp32 `[R, T, D]`; nothing after it is computed."""
         return self._until(self._module, self.hook, input_ids=ids_RT.to(self.device), use_cache=False).float()
+
+    def check_points(self, points: Sequence[HookPoint]) -> None:
+        """Find hook points that the model does not have.
+
+        Raises:
+            ValueError: no such layer, or a block without such a part.
+        """
+        for point in points:
+            self._module_at(point)
+
+    @torch.no_grad()
+    def activations_at(self, ids_RT: Tensor, points: Sequence[HookPoint]) -> dict[HookPoint, Tensor]:
+        """What each hook point emits, `[R, T, D]` in the model's own precision; one pass, which ends with the last."""
+        seen: dict[HookPoint, Tensor] = {}
+
+        def keeping(point: HookPoint) -> Replace:
+            def keep(hidden: Tensor) -> Tensor:
+                seen[point] = hidden
+                if len(seen) == len(points):
+                    raise _Reached
+                return hidden
+
+            return keep
+
+        with contextlib.ExitStack() as hooks:
+            for point in points:
+                hooks.enter_context(_hooked(self._module_at(point), point.hook, keeping(point)))
+            hooks.enter_context(contextlib.suppress(_Reached))
+            self.model(input_ids=ids_RT.to(self.device), use_cache=False)
+        return seen
+
+    def _module_at(self, point: HookPoint) -> nn.Module:
+        blocks = _blocks(self.model)
+        _check_layer(point.layer, len(blocks))
+        return _hooked_module(blocks[point.layer], point.hook)
 
     @torch.no_grad()
     def continuations(self, openings_PS: Tensor, ids_RT: Tensor) -> Tensor:

@@ -1,112 +1,225 @@
 """Activations as SAEs want them: filtered, of unit mean square norm, shuffled, in batches; or with known features.
 
-B tokens in a batch · D width of the activations · N tokens in the buffer.
+B tokens in a batch · D width of the activations · W tokens in a window · n tokens of a part.
 """
 
 from __future__ import annotations
 
+import hashlib
+import weakref
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from c2r.config import StreamConfig
-from c2r.data.harvest import LanguageModel
+from c2r.config import HookPoint, ModelConfig, StreamConfig
+from c2r.data.ahead import Ahead
+from c2r.data.reader import CALIBRATION_TOKENS, Measured, Part, Reader, measure, usual
 from c2r.data.synthetic import KnownFeatures
-from c2r.data.tokens import Rows
 
-CALIBRATION_TOKENS = 65_536
 _CALIBRATION_SEED, _BLOCK = 2_000_003, 8192
+KNOWN = ModelConfig().point
+"""What known features' activations are served under; they have no hook point."""
+
+
+@dataclass
+class _Window:
+    """A window that is filled in the order of the text, then served in the order of its permutation."""
+
+    number: int
+    size: int
+    slots: Tensor
+    """Where in the memory its tokens lie, in the order of the text or, once it is served, of serving."""
+    start: dict[str, Any] | None = None
+    """The part in which its first token lies (`position`), tokens of that part that belong to earlier windows (`skip`),
+    and tokens `dropped` before that part."""
+    filled: int = 0
+    served: int = 0
 
 
 class ActivationStream:
-    """Batches of a language model's activations over packed rows.
+    """Batches of activations from a reader, live or cached, in an order that can be rebuilt.
 
-    Two numbers are measured once, on the first tokens (which are not lost): the median norm, beyond whose
-    `max_norm_multiple`-fold a token is dropped, and `scale` = √(mean ‖x‖²), by which all are divided. They are
-    served from a buffer of `buffer_tokens` that is refilled when half empty.
+    Two numbers a hook point are measured once, on the first tokens (which are not lost): the median norm, beyond whose
+    `max_norm_multiple`-fold a token is dropped (for all hook points), and `scale` = √(mean ‖x‖²), by which all are
+    divided. What stays is cut into windows of `buffer_tokens`, each permuted by a generator of its own. So the state
+    is where a window begins in the text and how much of it was served, and no activations.
+
+    The reader runs ahead in a thread. One window is in memory: the next moves into the places of what was served.
 
     Arguments:
-        lm: the model with its hook point.
-        rows: packed rows, as `packed_rows` yields them.
-        config: filter and buffer.
+        reader: parts in the order of the text.
+        config: filter, window and how far the reader may be ahead.
+        tokens: activations that will be served in all; the last window ends there. None: no end.
         seed: of the shuffle.
         device: where batches are delivered.
-
-    Raises:
-        ValueError: the rows hold no real token, or the activations are not finite.
     """
 
     def __init__(
         self,
-        lm: LanguageModel,
-        rows: Iterator[Rows],
+        reader: Reader,
         config: StreamConfig,
         *,
+        tokens: int | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.config, self.device = config, device
-        self.generator = torch.Generator().manual_seed(seed)
-        self.dropped = 0
-        self._raw = (_real_activations(lm, part) for part in rows)
-        first: list[Tensor] = []
-        while sum(map(len, first)) < min(CALIBRATION_TOKENS, config.buffer_tokens):
-            part = next(self._raw, None)
-            if part is None:
-                break
-            first.append(part)
-        if sum(map(len, first)) == 0:
-            raise ValueError("data: the text holds no token besides BOS, EOS and padding")
-        sample_ND = torch.cat(first)
-        norms_N = sample_ND.norm(dim=1)
-        self.median_norm = norms_N.median().item()
-        self.scale = 1.0
-        kept_ND = self._keep(sample_ND)
-        self.scale = kept_ND.square().sum(1).mean().sqrt().item()
-        if not 0 < self.scale < float("inf"):
-            raise ValueError(f"model: activations at this hook have mean square norm {self.scale}; nothing to scale")
-        self.dropped = 0
-        self._waiting, self._ended = first, False
+        self.reader, self.config, self.tokens, self.seed, self.device = reader, config, tokens, seed, device
+        self._bound = config.ahead_tokens or max(1, config.buffer_tokens // 4)
+        self._measured: Measured | None = None
+        self._memory: dict[HookPoint, Tensor] = {}
+        self._begin({"window": 0, "served": 0, "position": None, "skip": 0, "dropped": 0})
 
-    def batches(self, batch: int, tokens: int) -> Iterator[Tensor]:
-        """`tokens` activations in shuffled batches `[B, D]`; the last may be short. Stops early where the text ends."""
-        buffer_ND = torch.empty(0)
+    @property
+    def scale(self) -> dict[HookPoint, float]:
+        """√(mean ‖x‖²) by which activations are divided.
+
+        Raises:
+            ValueError: the text holds no real token, or what the reader raises.
+        """
+        return self._measure().scale
+
+    @property
+    def median_norm(self) -> dict[HookPoint, float]:
+        """Median norm of the first tokens, before scaling."""
+        return self._measure().median_norm
+
+    def batches(self, batch: int, tokens: int) -> Iterator[dict[HookPoint, Tensor]]:
+        """`tokens` activations in shuffled batches `[B, D]`; the last may be short. Stops early where the text ends.
+
+        Raises:
+            ValueError: what the reader raises, when all whole windows before it are served.
+        """
         while tokens > 0:
-            if not self._ended and len(buffer_ND) < max(batch, self.config.buffer_tokens // 2):
-                buffer_ND = self._refill(buffer_ND)
-            size = min(batch, tokens, len(buffer_ND))
-            if size == 0:
+            pieces: list[dict[HookPoint, Tensor]] = []
+            size = missing = min(batch, tokens)
+            while missing and (self._window.served < self._window.filled or self._turn()):
+                pieces.append(self._serve(missing))
+                missing -= len(next(iter(pieces[-1].values())))
+            if missing == size:
                 return
-            yield buffer_ND[-size:].to(self.device)
-            buffer_ND, tokens = buffer_ND[:-size], tokens - size
+            tokens -= size - missing
+            yield {
+                point: torch.cat([piece[point] for piece in pieces]).to(self.device).float() / self.scale[point]
+                for point in self._memory
+            }
+            self._fill(wait=False)
 
-    def _refill(self, remaining_ND: Tensor) -> Tensor:
-        parts, held = [remaining_ND] if len(remaining_ND) else [], len(remaining_ND)
-        while held < self.config.buffer_tokens:
-            part = self._waiting.pop(0) if self._waiting else next(self._raw, None)
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON holds it; to be asked for between batches."""
+        window = self._window
+        state: dict[str, Any] = {"window": window.number, "served": window.served, **(window.start or {})}
+        if self._measured is not None:
+            for name, values in self._measured._asdict().items():
+                state[name] = {point.name: value for point, value in values.items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state: the next batch is the one that would have followed it, bit for bit."""
+        self.close()
+        if "scale" in state:
+            points = {HookPoint.of(name): name for name in state["scale"]}
+            self._measured = Measured(
+                {point: state["median_norm"][name] for point, name in points.items()},
+                {point: state["scale"][name] for point, name in points.items()},
+            )
+        self._begin(state)
+
+    def close(self) -> None:
+        """End the reader's thread."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _begin(self, state: dict[str, Any]) -> None:
+        """Stand before the window of a state, of which so many tokens are not to be served again."""
+        start = {key: state[key] for key in ("position", "skip", "dropped")}
+        number, places = state["window"], torch.arange(self.config.buffer_tokens)
+        self._window = _Window(number, 0, places[:0], start, served=state["served"])
+        self._next = _Window(number, self._size_of(number), places)
+        self._ahead: Ahead | None = None
+        self._raw: deque[Part] = deque()
+        """Parts that were measured and are not yet put into a window."""
+        self._part: Part | None = None
+        self._used, self._skip = 0, state["skip"]
+        self.dropped = self._dropped_before = state["dropped"]
+
+    def _size_of(self, number: int) -> int:
+        size = self.config.buffer_tokens
+        return size if self.tokens is None else max(0, min(size, self.tokens - number * size))
+
+    def _serve(self, most: int) -> dict[HookPoint, Tensor]:
+        window = self._window
+        slots = window.slots[window.served : window.served + most]
+        window.served += len(slots)
+        return {point: memory_WD[slots] for point, memory_WD in self._memory.items()}
+
+    def _turn(self) -> bool:
+        """Fill the next window to its end and begin to serve it; False where the text has no more."""
+        self._fill(wait=True)
+        window, before = self._next, self._window
+        if window.filled == 0:
+            return False
+        order = torch.randperm(window.filled, generator=torch.Generator().manual_seed(self._seed_of(window.number)))
+        window.slots = window.slots[order]
+        window.served = before.served if before.number == window.number else 0
+        self._window = window
+        # Token i of the next window takes the place of the i-th served of this one.
+        self._next = _Window(window.number + 1, self._size_of(window.number + 1), window.slots)
+        return True
+
+    def _seed_of(self, number: int) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self.seed} {number}".encode()).digest()[:4], "big")
+
+    def _fill(self, *, wait: bool) -> None:
+        """Move what the reader has into the next window: as much as has place, or, without `wait`, as is there."""
+        serving, window = self._window, self._next
+        room = window.size if serving.served >= serving.filled else min(serving.served, window.size)
+        while window.filled < room and (part := self._more(wait)) is not None:
+            if window.start is None:
+                window.start = {"position": part.position, "skip": self._used, "dropped": self._dropped_before}
+            taken = min(room - window.filled, len(part) - self._used)
+            slots = window.slots[window.filled : window.filled + taken]
+            for point, x_nD in part.x.items():
+                if point not in self._memory:
+                    self._memory[point] = torch.empty(self._size_of(0), x_nD.shape[1], dtype=x_nD.dtype)
+                self._memory[point][slots] = x_nD[self._used : self._used + taken]
+            window.filled += taken
+            self._used += taken
+        if self._ahead is not None and window.filled == window.size and self._size_of(window.number + 1) == 0:
+            self._ahead.close()  # nothing more will be asked for
+
+    def _more(self, wait: bool) -> Part | None:
+        """A filtered part that is not used up; None where there is none (yet)."""
+        median = self.median_norm
+        while self._part is None or self._used >= len(self._part):
+            part = self._raw.popleft() if self._raw else self._reading().take(wait=wait)
             if part is None:
-                self._ended = True
-                break
-            parts.append(self._keep(part))
-            held += len(parts[-1])
-        if not parts:
-            return remaining_ND
-        return torch.cat(parts)[torch.randperm(held, generator=self.generator)]
+                return None
+            keep_n = usual(part.norms, median, self.config)
+            self._dropped_before, dropped = self.dropped, int((~keep_n).sum())
+            self.dropped += dropped
+            self._part = part.only(keep_n) if dropped else part
+            self._used, self._skip = self._skip, 0
+        return self._part
 
-    def _keep(self, x_ND: Tensor) -> Tensor:
-        if not torch.isfinite(x_ND).all():
-            raise ValueError("model: activations at this hook are not finite (NaN or infinity); try dtype: float32")
-        if self.config.max_norm_multiple is not None:
-            usual_N = x_ND.norm(dim=1) <= self.config.max_norm_multiple * self.median_norm
-            self.dropped += int((~usual_N).sum())
-            x_ND = x_ND[usual_N]
-        return x_ND / self.scale
+    def _measure(self) -> Measured:
+        if self._measured is None:
+            wanted = min(CALIBRATION_TOKENS, self._size_of(0))
+            while sum(map(len, self._raw)) < wanted and (part := self._reading().take(wait=True)) is not None:
+                self._raw.append(part)
+            self._measured = measure(self._raw, wanted, self.config)
+        return self._measured
 
-
-def _real_activations(lm: LanguageModel, rows: Rows) -> Tensor:
-    """Activations `[n, D]` of the rows' real tokens, on the CPU."""
-    return lm.activations(rows.ids)[rows.real.to(lm.device)].cpu()
+    def _reading(self) -> Ahead:
+        if self._ahead is None:
+            position = (self._window.start or {})["position"]
+            self._ahead = Ahead(partial(self.reader.read, position), self._bound)
+            weakref.finalize(self, self._ahead.stop)
+        return self._ahead
 
 
 class SyntheticStream:
@@ -122,21 +235,39 @@ class SyntheticStream:
 
     def __init__(self, features: KnownFeatures, *, seed: int = 0, device: str | torch.device = "cpu") -> None:
         self.features, self.device = features, device
-        self.generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(seed)
         norms_N = features.sample(CALIBRATION_TOKENS, torch.Generator().manual_seed(_CALIBRATION_SEED)).x_BD.norm(dim=1)
-        self.median_norm = norms_N.median().item()
-        self.scale = norms_N.square().mean().sqrt().item()
-        if not 0 < self.scale < float("inf"):
-            raise ValueError(f"data: the activations have mean square norm {self.scale}; nothing to scale")
+        scale = norms_N.square().mean().sqrt().item()
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"data: the activations have mean square norm {scale}; nothing to scale")
+        self.scale, self.median_norm = {KNOWN: scale}, {KNOWN: norms_N.median().item()}
+        self._draw(0)
 
-    def batches(self, batch: int, tokens: int) -> Iterator[Tensor]:
+    def batches(self, batch: int, tokens: int) -> Iterator[dict[HookPoint, Tensor]]:
         """`tokens` activations in batches `[B, D]`; the last may be short."""
-        held_ND = torch.empty(0, self.features.d_in)
         while tokens > 0:
-            size = min(batch, tokens)
-            parts = [held_ND]
-            while sum(map(len, parts)) < size:
-                parts.append(self.features.sample(_BLOCK, self.generator).x_BD / self.scale)
-            held_ND = torch.cat(parts)
-            yield held_ND[:size].to(self.device)
-            held_ND, tokens = held_ND[size:], tokens - size
+            size, pieces = min(batch, tokens), []
+            tokens -= size
+            while size > 0:
+                if self._served == _BLOCK:
+                    self._draw(0)
+                pieces.append(self._block_ND[self._served : self._served + size])
+                self._served += len(pieces[-1])
+                size -= len(pieces[-1])
+            yield {KNOWN: torch.cat(pieces).to(self.device)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator as it was before the block that is being served, and how much of that is."""
+        return {"generator": self._before, "served": self._served}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state: the next batch is the one that would have followed it, bit for bit."""
+        self._generator.set_state(state["generator"])
+        self._draw(state["served"])
+
+    def close(self) -> None:
+        """Nothing runs that would have to end."""
+
+    def _draw(self, served: int) -> None:
+        self._before, self._served = self._generator.get_state(), served
+        self._block_ND = self.features.sample(_BLOCK, self._generator).x_BD / self.scale[KNOWN]

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from c2r.config import ModelConfig
-from c2r.interop.saelens import hook_name
 from c2r.sae.base import SAE
 
 _VERSIONS = "0.6."
@@ -79,7 +78,7 @@ class HandedSAE(nn.Module):
             sae.d_in,
             sae.width,
             model.layer,
-            hook_name(model.layer, model.hook),
+            model.point.name,
             sae.config.get("metadata", {}).get("context_size"),
             str(sae.W_dec.dtype).removeprefix("torch."),
             sae.architecture,

@@ -33,11 +33,6 @@ _TENSORS: dict[str, set[str]] = {
 """By architecture. SAELens knows all but abs_topk, which is ours."""
 
 
-def hook_name(layer: int, hook: str) -> str:
-    """A hook point in the field's (TransformerLens's) words."""
-    return f"blocks.{layer}.hook_{hook}"
-
-
 def save_sae(sae: SAE, folder: Path, *, metadata: dict[str, Any], c2r: dict[str, Any]) -> None:
     """Write the SAE folder, decoder rows at unit norm; whole or not at all.
 

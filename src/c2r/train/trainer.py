@@ -48,9 +48,10 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
     keep_freed_memory()
     source = open_source(config, device, console)
     stream = source.stream
-    runs = [_new_run(sae, starts[sae.name], config, source.d_in, stream.scale, device) for sae in config.saes]
+    scale = {sae.name: stream.scale[config.point(sae)] for sae in config.saes}
+    runs = [_new_run(sae, starts[sae.name], config, source.d_in, scale[sae.name], device) for sae in config.saes]
     _prepare_output(config)
-    state: dict[str, Any] = {"tokens": 0, "stopped": None, "scale": stream.scale, "median_norm": stream.median_norm}
+    state: dict[str, Any] = {"tokens": 0, "stopped": None}
     with RunLog(config.output / METRICS_FILE, config.train.tokens, config.train.log_every, console) as log:
         try:
             for tokens, run, measured in _steps(runs, stream, config):
@@ -61,6 +62,8 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
             console.print(f"[yellow]stopped after {state['tokens']:,} of {config.train.tokens:,} tokens; saving[/]")
             _save_what_can_be(runs, config, source, state, console)
             raise
+        finally:
+            stream.close()
     return {run.config.name: _save(run, config, source, state, console) for run in runs}
 
 
@@ -69,10 +72,11 @@ def _steps(
 ) -> Iterator[tuple[int, Run[Any], dict[str, torch.Tensor]]]:
     """Every SAE's step on every batch, with the tokens seen so far."""
     done = 0
-    for x_BD in stream.batches(config.train.batch, config.train.tokens):
-        done += len(x_BD)
-        for run in runs:
-            measured = run.step(x_BD)
+    points = [config.point(run.config) for run in runs]
+    for x in stream.batches(config.train.batch, config.train.tokens):
+        done += len(x[points[0]])
+        for run, point in zip(runs, points, strict=True):
+            measured = run.step(x[point])
             if not torch.isfinite(measured["loss"]):
                 raise ValueError(
                     f"saes.{run.config.name}: the loss is {measured['loss'].item()} at step {run.step_number}; "
@@ -134,16 +138,18 @@ def _save_what_can_be(
 
 def _save(run: Run[Any], config: RunConfig, source: Source, state: dict[str, Any], console: Console) -> Path:
     folder = config.output / run.config.name
-    metadata = source.metadata | {"training_architecture": run.config.method}
+    metadata = source.metadata_of(run.config) | {"training_architecture": run.config.method}
+    point = config.point(run.config)
+    scale, median_norm = source.stream.scale[point], source.stream.median_norm[point]
     ours = {
-        "model": source.model,
+        "model": source.model_of(run.config),
         "seed": config.seed,
         "data": config.data.model_dump(mode="json"),
         "train": config.train.model_dump(mode="json"),
         "sae": run.config.model_dump(mode="json", by_alias=True),
-        "state": {**state, **_both_units(run, config)},
+        "state": {**state, "scale": scale, "median_norm": median_norm, **_both_units(run, config)},
     }
-    save_sae(run.export(state["scale"]), folder, metadata=metadata, c2r=ours)
+    save_sae(run.export(scale), folder, metadata=metadata, c2r=ours)
     console.print(f"saved {folder}")
     return folder
 

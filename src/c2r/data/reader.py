@@ -1,0 +1,158 @@
+"""Activations in the order of the text: a language model over packed rows, and what a part of it is.
+
+n tokens of a part · D width of the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from c2r.config import HookPoint, StreamConfig
+from c2r.data.harvest import LanguageModel
+from c2r.data.tokens import Rows
+
+CALIBRATION_TOKENS = 65_536
+
+
+@dataclass(frozen=True)
+class Part:
+    """Activations of some rows' real tokens, in the order of the text, on the CPU."""
+
+    x: dict[HookPoint, Tensor]
+    """`[n, D]` each, of the same tokens, in the precision they come in."""
+    norms: dict[HookPoint, Tensor]
+    """Their norms, fp32 `[n]`."""
+    ids: Tensor
+    """Token ids, int32 `[n]`."""
+    where: Tensor
+    """Int32 `[n, 2]`: number of the row, counted from the first that was read, and position in it."""
+    position: Any
+    """Where the reader stood before this part, as JSON holds it; None is the beginning."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def only(self, keep_n: Tensor) -> Part:
+        """The tokens that a mask keeps, at the same position."""
+        x, norms = ({point: y[keep_n] for point, y in tensors.items()} for tensors in (self.x, self.norms))
+        return Part(x, norms, self.ids[keep_n], self.where[keep_n], self.position)
+
+
+class Reader(Protocol):
+    """Where parts come from: `LiveReader`, or `CacheReader` over what one wrote."""
+
+    def read(self, start: Any = None) -> Iterator[Part]:
+        """Parts from the beginning, or, given an earlier part's `position`, from that part on, the same bit for bit."""
+        ...
+
+
+class BrokenActivations(ValueError):
+    """The model emitted NaN or infinity. `tensors` has the part: activations by hook point's name, `ids`, `where`."""
+
+    def __init__(self, message: str, tensors: dict[str, Tensor]) -> None:
+        super().__init__(message)
+        self.tensors = tensors
+
+
+class LiveReader:
+    """A language model's activations at some hook points over packed rows.
+
+    Arguments:
+        lm: the model.
+        points: read in one forward pass.
+        rows: packed rows from a position on, or from the beginning (None): `packed_rows` with its `start`.
+        dtype: what activations are rounded to; None leaves them as the model makes them.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        points: Sequence[HookPoint],
+        rows: Callable[[Any], Iterator[Rows]],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.lm, self.points, self.rows, self.dtype = lm, points, rows, dtype
+
+    def read(self, start: Any = None) -> Iterator[Part]:
+        """See `Reader`.
+
+        Raises:
+            BrokenActivations: the model emits NaN or infinity.
+            ValueError: what the text's source raises.
+        """
+        number = 0 if start is None else start["row"]
+        for rows in self.rows(None if start is None else start["text"]):
+            real_RT = rows.real.to(self.lm.device)
+            x = {
+                point: x_RTD[real_RT].to(self.dtype or x_RTD.dtype)
+                for point, x_RTD in self.lm.activations_at(rows.ids, self.points).items()
+            }
+            norms = {point: torch.linalg.vector_norm(x_nD, dim=1, dtype=torch.float32) for point, x_nD in x.items()}
+            where = rows.real.nonzero()
+            where[:, 0] += number
+            part = Part(
+                {point: x[point].cpu() for point in self.points},
+                {point: norms[point].cpu() for point in self.points},
+                rows.ids[rows.real].int(),
+                where.int(),
+                {"row": number, "text": rows.position},
+            )
+            _check_finite(part)
+            if len(part):
+                yield part
+            number += len(rows.ids)
+
+
+def _check_finite(part: Part) -> None:
+    """Refuse a part that training could not use; norms tell, being sums over all of an activation."""
+    for point, norms_n in part.norms.items():
+        bad_n = ~norms_n.isfinite()
+        if bad_n.any():
+            first = int(bad_n.nonzero()[0])
+            row, place = part.where[first].tolist()
+            raise BrokenActivations(
+                f"model: activations at {point.name} are not finite (NaN or infinity) for {int(bad_n.sum())} of "
+                f"{len(part)} tokens, first in row {row}, position {place}, token {int(part.ids[first])}; "
+                "try model.dtype: float32",
+                {p.name: x_nD for p, x_nD in part.x.items()} | {"ids": part.ids, "where": part.where},
+            )
+
+
+class Measured(NamedTuple):
+    """What is measured on the first tokens, by hook point."""
+
+    median_norm: dict[HookPoint, float]
+    scale: dict[HookPoint, float]
+    """√(mean ‖x‖²) over the tokens that stay."""
+
+
+def measure(parts: Sequence[Part], tokens: int, config: StreamConfig) -> Measured:
+    """Median norm and scale at each hook point over the first `tokens` tokens of `parts`.
+
+    Raises:
+        ValueError: no token, or activations that are all zero.
+    """
+    if not parts:
+        raise ValueError("data: the text holds no token besides BOS, EOS and padding")
+    norms = {point: torch.cat([part.norms[point] for part in parts])[:tokens] for point in parts[0].x}
+    median = {point: norms_n.median().item() for point, norms_n in norms.items()}
+    keep_n = usual(norms, median, config)
+    scale = {point: norms_n[keep_n].square().mean().sqrt().item() for point, norms_n in norms.items()}
+    for point, value in scale.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"model: activations at {point.name} have mean square norm {value}; nothing to scale")
+    return Measured(median, scale)
+
+
+def usual(norms: dict[HookPoint, Tensor], median: dict[HookPoint, float], config: StreamConfig) -> Tensor:
+    """Bool `[n]`: tokens that are an outlier at none of the hook points, so that all SAEs see the same ones."""
+    keep_n = torch.ones(len(next(iter(norms.values()))), dtype=torch.bool)
+    if config.max_norm_multiple is not None:
+        for point, norms_n in norms.items():
+            keep_n &= norms_n <= config.max_norm_multiple * median[point]
+    return keep_n
