@@ -44,6 +44,27 @@ def train(
     print(f"next: c2r eval {' '.join(map(str, folders.values()))}")
 
 
+def harvest(
+    run: Positional[Path],
+    set: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(metavar="A.B=C")] = (),
+    verify: bool = False,
+) -> None:
+    """Write the activations that a run trains on to its cache, once; `c2r train` then reads them without the model.
+
+    Stopped in any way, it goes on where it was when it is run again.
+
+    Args:
+        run: The run's YAML, with a section `cache` (see docs/activations.md).
+        set: Values that replace the file's, for example cache.path=/data/acts.
+        verify: Compare the checksums of all that is there first, and make anew what is damaged.
+    """
+    from c2r.config import load_config
+    from c2r.data.fill import fill_cache
+
+    folder = fill_cache(load_config(run, tuple(value for values in set for value in values)), verify=verify)
+    print(f"{folder}\nnext: c2r train {run}")
+
+
 def evaluate(
     saes: Positional[tuple[Path, ...]],
     model: str | None = None,
@@ -173,7 +194,7 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"demo": demo, "train": train, "eval": evaluate, "audit": audit},
+            {"demo": demo, "harvest": harvest, "train": train, "eval": evaluate, "audit": audit},
             prog="c2r",
             description=_ABOUT,
             args=arguments,

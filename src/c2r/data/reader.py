@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from c2r.config import HookPoint, StreamConfig
+from c2r.config import DataConfig, HookPoint, RunConfig, StreamConfig
 from c2r.data.harvest import LanguageModel
-from c2r.data.tokens import Rows
+from c2r.data.tokens import Rows, packed_rows
 
 CALIBRATION_TOKENS = 65_536
 
@@ -106,6 +106,26 @@ class LiveReader:
             if len(part):
                 yield part
             number += len(rows.ids)
+
+
+def live_reader(config: RunConfig, lm: LanguageModel, dtype: torch.dtype | None = None) -> LiveReader:
+    """The reader of a configuration; text is read as often as is asked for, each pass in another order.
+
+    Raises:
+        ValueError: a hook point that the model does not have, or rows longer than it can read; names the field.
+    """
+    data = config.data
+    assert isinstance(data, DataConfig)
+    for sae in config.saes:
+        try:
+            lm.check_points([config.point(sae)])
+        except ValueError as error:
+            raise ValueError(f"saes.{sae.name}: {error}") from error
+    positions = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and data.context > positions:
+        raise ValueError(f"data.context: got {data.context}; {config.model.name} reads at most {positions} tokens")
+    settings: dict[str, Any] = {"seed": config.seed, "rows": config.stream.rows, "epochs": None}
+    return LiveReader(lm, config.points, lambda start: packed_rows(data, lm.tokenizer, **settings, start=start), dtype)
 
 
 def _check_finite(part: Part) -> None:

@@ -41,7 +41,7 @@ def train(config: RunConfig, *, overwrite: bool = False, console: Console | None
             something else, or activations or losses that are not finite.
     """
     console = console or Console(stderr=True)
-    check_data(config.data)
+    check_data(config)
     starts = {sae.name: check_start(sae) for sae in config.saes}
     check_output(config.output, overwrite)
     device = pick_device(config.train.device)

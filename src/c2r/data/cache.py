@@ -1,0 +1,262 @@
+"""Activations on disk: a manifest, a line a shard, and safetensors files; read back as the language model emits them.
+
+    manifest.json                                what the activations were made of, and what they measure
+    shards.jsonl                                 a line a shard: tokens, where its text begins, sizes and checksums
+    000000.tokens.safetensors                    ids int32 [n], where int32 [n, 2] (row, position in it)
+    000000.blocks.12.hook_resid_post.safetensors x [n, D], norms fp32 [n]; one a hook point
+
+n tokens of a shard · D width of the activations.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from c2r.config import HookPoint, RunConfig
+from c2r.data.reader import Part
+
+FORMAT, MANIFEST, SHARDS, TOKENS = 1, "manifest.json", "shards.jsonl", "tokens"
+_CHUNK, _PART_TOKENS = 2**22, 8192
+
+
+class CacheReader:
+    """Parts of a cache in the order of the text; after the last shard, all again in an order of that round's own.
+
+    A shard is read whole and its checksums are compared before any of it is served; one or two are in memory.
+
+    Arguments:
+        folder: the cache.
+        points: hook points to read, of those that it has.
+        seed: of the order of shards after the first round.
+    """
+
+    def __init__(self, folder: Path, points: Sequence[HookPoint], *, seed: int = 0) -> None:
+        self.folder, self.points, self.seed = folder, points, seed
+        self.shards = read_shards(folder)
+
+    def read(self, start: Any = None) -> Iterator[Part]:
+        """See `Reader`.
+
+        Raises:
+            ValueError: a shard is missing or damaged; says which and what to do.
+        """
+        start = start or {"round": 0, "shard": 0, "token": 0}
+        for number in itertools.count(start["round"]):
+            for place in range(start["shard"], len(self.shards)):
+                yield from self._parts(number, place, start["token"])
+                start = {**start, "token": 0}
+            start = {"round": number + 1, "shard": 0, "token": 0}
+
+    def _parts(self, number: int, place: int, begin: int) -> Iterator[Part]:
+        shard = self.shards[self._order(number)[place]]
+        tokens = load(self.folder, shard, TOKENS)
+        read = {point: load(self.folder, shard, point.name) for point in self.points}
+        for first in range(begin, shard["tokens"], _PART_TOKENS):
+            piece = slice(first, first + _PART_TOKENS)
+            yield Part(
+                {point: tensors["x"][piece] for point, tensors in read.items()},
+                {point: tensors["norms"][piece] for point, tensors in read.items()},
+                tokens["ids"][piece],
+                tokens["where"][piece],
+                {"round": number, "shard": place, "token": first},
+            )
+
+    def _order(self, number: int) -> list[int]:
+        if number == 0:
+            return list(range(len(self.shards)))
+        generator = torch.Generator().manual_seed((self.seed + 1_000_003 * number) % 2**32)
+        return torch.randperm(len(self.shards), generator=generator).tolist()
+
+
+def open_cache(config: RunConfig) -> dict[str, Any]:
+    """The manifest of the configured cache, finished and made of what the configuration says.
+
+    Raises:
+        ValueError: there is none, `c2r harvest` has not come to its end, or it was made of something else; the
+            differences are shown.
+    """
+    assert config.cache is not None
+    folder = config.cache.path
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ValueError(f"cache.path: {folder} holds no cache; `c2r harvest` with this configuration makes it")
+    check_origin(manifest, config)
+    if not manifest["complete"]:
+        raise ValueError(
+            f"cache.path: {folder} is not finished; run `c2r harvest` again, which goes on where it stopped"
+        )
+    return manifest
+
+
+def origin_of(config: RunConfig) -> dict[str, Any]:
+    """What the activations of a configuration are made of."""
+    model, cache = config.model, config.cache
+    dtype = None if cache is None else cache.dtype
+    return {
+        "model": {"name": model.name, "revision": model.revision, "dtype": model.dtype},
+        "data": config.data.model_dump(mode="json"),
+        "seed": config.seed,
+        "stream": {"rows": config.stream.rows},
+        "cache": {"dtype": dtype or ("bfloat16" if model.dtype == "bfloat16" else "float32")},
+    }
+
+
+def check_origin(manifest: dict[str, Any], config: RunConfig) -> None:
+    """Refuse a cache that was made of something else.
+
+    Raises:
+        ValueError: a line a difference.
+    """
+    found = [
+        f"{field}: the cache has {had!r}, the configuration says {said!r}"
+        for field, had, said in _differences(manifest["origin"], origin_of(config))
+    ]
+    missing = [point.name for point in config.points if point.name not in manifest["points"]]
+    if missing:
+        found.append(f"hook points: the cache has {', '.join(manifest['points'])}; not {', '.join(missing)}")
+    if found:
+        raise ValueError(
+            f"cache.path: {config.cache.path if config.cache else None} was made of something else; "
+            "give another path, or delete that folder and run `c2r harvest`\n"
+            + "\n".join(f"  {line}" for line in found)
+        )
+
+
+def _differences(had: Any, said: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(had, dict) and isinstance(said, dict):
+        for key in dict.fromkeys([*had, *said]):
+            yield from _differences(had.get(key), said.get(key), f"{field}.{key}" if field else key)
+    elif had != said:
+        yield field, had, said
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest; None where there is none.
+
+    Raises:
+        ValueError: the folder holds something else, or the manifest is damaged or of another format.
+    """
+    if not (folder / MANIFEST).is_file():
+        if folder.is_dir() and any(not path.name.endswith(".partial") for path in folder.iterdir()):
+            raise ValueError(f"cache.path: {folder} holds something else than a cache; give a new or empty folder")
+        return None
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        known = manifest["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cache.path: {folder / MANIFEST} is damaged ({error}); delete {folder}") from error
+    if not known:
+        raise ValueError(f"cache.path: {folder} has format {manifest['format']}; this c2r reads format {FORMAT}")
+    return manifest
+
+
+def read_shards(folder: Path) -> list[dict[str, Any]]:
+    """What `shards.jsonl` says of each shard; a last line that was cut short does not count."""
+    path = folder / SHARDS
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def load(folder: Path, shard: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """The tensors of one file of a shard, its checksum compared while it is read.
+
+    Raises:
+        ValueError: the file is missing or damaged; says what to do.
+    """
+    expected, path = shard["files"][name], folder / file_name(shard["number"], name)
+    fault = size_fault(folder, shard, name)
+    if fault is None:
+        data = torch.empty(expected["bytes"], dtype=torch.uint8)
+        view, digest = memoryview(data.numpy()), xxhash.xxh3_128()
+        with path.open("rb", buffering=0) as file:
+            for first in range(0, len(view), _CHUNK):
+                chunk = view[first : first + _CHUNK]
+                file.readinto(chunk)  # while it is in the processor's cache
+                digest.update(chunk)
+        if digest.hexdigest() == expected["xxh3_128"]:
+            return _tensors(data)
+        fault = "its checksum is not the one that it was written with"
+    raise ValueError(
+        f"cache.path: {path} is damaged: {fault}; delete it and run `c2r harvest` again, which makes just that one anew"
+    )
+
+
+def size_fault(folder: Path, shard: dict[str, Any], name: str) -> str | None:
+    """What is wrong with a file as far as its size tells; None if nothing."""
+    path, expected = folder / file_name(shard["number"], name), shard["files"][name]["bytes"]
+    if not path.is_file():
+        return "it is not there"
+    found = path.stat().st_size
+    return None if found == expected else f"it has {found:,} bytes of {expected:,}"
+
+
+def _tensors(data: Tensor) -> dict[str, Tensor]:
+    """Views into the bytes of a safetensors file: eight bytes of length, a JSON header, the tensors."""
+    begin = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
+    header = json.loads(data[8:begin].numpy().tobytes())
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32}
+    return {
+        name: data[begin + entry["data_offsets"][0] : begin + entry["data_offsets"][1]]
+        .view(dtypes[entry["dtype"]])
+        .view(entry["shape"])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def file_name(number: int, name: str) -> str:
+    """Of a shard's file."""
+    return f"{number:06d}.{name}.safetensors"
+
+
+def write_shard(folder: Path, number: int, parts: Sequence[Part], end: Any) -> dict[str, Any]:
+    """Write a shard's files, each whole or not at all, and return its line; `end` is where the next one begins.
+
+    Raises:
+        ValueError: the disk does not take it; says how much it was.
+    """
+    contents = {TOKENS: {key: torch.cat([getattr(part, key) for part in parts]) for key in ("ids", "where")}}
+    for point in parts[0].x:
+        tensors = {"x": [part.x[point] for part in parts], "norms": [part.norms[point] for part in parts]}
+        contents[point.name] = {key: torch.cat(pieces) for key, pieces in tensors.items()}
+    shard = {"number": number, "tokens": sum(map(len, parts)), "parts": len(parts), "start": parts[0].position}
+    return shard | {"end": end, "files": {name: _write(folder, number, name, t) for name, t in contents.items()}}
+
+
+def _write(folder: Path, number: int, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    path = folder / file_name(number, name)
+    partial = path.with_name(path.name + ".partial")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    try:
+        save_file(tensors, partial)
+        digest = xxhash.xxh3_128()
+        with partial.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise ValueError(f"cache.path: cannot write {path} ({size:,} bytes): {error}") from error
+    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
