@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -179,6 +180,31 @@ def test_a_harvest_that_is_killed_ends_with_the_same_files(
     assert files(folder) == whole
 
 
+@pytest.mark.slow
+def test_a_harvest_killed_at_random_moments_ends_with_the_same_files(
+    config: RunConfig, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json", by_alias=True)))
+    command = [sys.executable, "-m", "c2r.cli", "harvest", str(tmp_path / "run.yaml")]
+    random, killed = Random(0), 0
+    while killed < 20:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        # The moment is random from the first write on, and not while modules are imported.
+        before = len(list((tmp_path / "acts").glob("*")))
+        while process.poll() is None and len(list((tmp_path / "acts").glob("*"))) == before:
+            assert time.monotonic() < deadline
+        time.sleep(random.random() / 50)
+        process.kill()
+        killed += process.wait() != 0
+        if process.returncode == 0:
+            assert files(tmp_path / "acts") == whole
+            for path in (tmp_path / "acts").iterdir():
+                path.unlink()
+    fill_cache(config, console=QUIET)
+    assert files(tmp_path / "acts") == whole
+
+
 @pytest.mark.parametrize("after", [0, 1, 2, 3, 4])
 def test_a_harvest_that_breaks_anywhere_goes_on(
     after: int, config: RunConfig, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
@@ -259,6 +285,12 @@ def test_a_cache_of_something_else_is_refused_with_the_difference(config: RunCon
     full = config.cache.model_copy(update={"path": tmp_path / "other"})
     with pytest.raises(ValueError, match="holds something else than a cache"):
         fill_cache(config.model_copy(update={"cache": full}), console=QUIET)
+
+
+def test_a_hook_point_that_the_model_has_not_is_named_with_its_sae(config: RunConfig) -> None:
+    saes = [sae.model_copy(update={"layer": 7}) if sae.name == "first" else sae for sae in config.saes]
+    with pytest.raises(ValueError, match=r"saes\.first: model\.layer: got 7; the model has 3 blocks, 0 to 2"):
+        fill_cache(config.model_copy(update={"saes": saes}), console=QUIET)
 
 
 def test_a_disk_that_is_too_small_is_named_before_the_work(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def origin_of(config: RunConfig) -> dict[str, Any]:
     dtype = None if cache is None else cache.dtype
     return {
         "model": {"name": model.name, "revision": model.revision, "dtype": model.dtype},
-        "data": config.data.model_dump(mode="json"),
+        "data": config.data.model_dump(mode="json", exclude={"workers"}),
         "seed": config.seed,
         "stream": {"rows": config.stream.rows},
         "cache": {"dtype": dtype or ("bfloat16" if model.dtype == "bfloat16" else "float32")},

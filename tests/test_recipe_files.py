@@ -1,0 +1,35 @@
+"""Recipes parse, and say what the paper's runs were."""
+
+from pathlib import Path
+
+import pytest
+
+from c2r.config import HookPoint, load_config
+from c2r.data.cache import origin_of
+from c2r.penalty import strength_of_lambda
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+POINTS = {"gemma-2-2b": 12, "qwen3-8b": 18, "llama-3-8b": 16}
+
+
+def test_there_is_one_a_model() -> None:
+    assert {path.stem for path in RECIPES} == set(POINTS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_has_the_published_settings(path: Path) -> None:
+    config = load_config(path, ("cache.path=somewhere",))  # as its second command has it
+    assert config.points == (HookPoint(POINTS[path.stem], "resid_post"),)
+    assert config.train.steps == 244_141
+    assert (config.train.batch, config.train.lr, config.train.warmup_steps) == (2048, 2e-4, 1000)
+    assert (config.data.model_dump()["context"], config.stream.max_norm_multiple) == (1024, 10)
+    assert {(sae.width, sae.model_dump()["k"]) for sae in config.saes} == {(65_536, 80)}
+    c2r = config.saes[1].c2r
+    assert c2r is not None
+    assert c2r.lam is not None
+    assert strength_of_lambda(c2r.lam, batch=2048, width=65_536) == pytest.approx(0.884, abs=1e-3)
+    assert (c2r.alpha, c2r.every, c2r.start, c2r.neighbors) == (1, 5, 0, "chunked")
+    assert origin_of(config)["cache"]["dtype"] == "bfloat16"
+    text = path.read_text()
+    assert f"c2r train recipes/{path.name}" in text
+    assert "Nothing of this has been run on a GPU" in text
