@@ -6,7 +6,7 @@
 Medians over rounds after warm-up, in one process.
 
 cache: "plain" reads the shards in turn with safetensors and gives their rows as fp32 batches of unit mean square norm,
-as training wants them; "shuffled" is the stream over the same files, with checksums compared and without. "cold" has the
+as training wants them; "shuffled" is the stream over the same files, with checksums and without. "cold" has the
 system drop the files from its page cache before every round (they then come from the disk), "warm" has them in memory.
 
 live: the rate of training from the stream, against the language model's half (tokenising, forward pass, norms) and the
@@ -100,6 +100,7 @@ class Unchecked:
 
 def cache_rates(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Tokens a second, medians."""
+    keep_freed_memory()
     write_cache(folder, args.tokens, args.shard_tokens, args.d_in)
     checksum = cache.xxhash
 

@@ -103,10 +103,8 @@ class ActivationStream:
             if missing == size:
                 return
             tokens -= size - missing
-            yield {
-                point: torch.cat([piece[point] for piece in pieces]).to(self.device).float() / self.scale[point]
-                for point in self._memory
-            }
+            whole = {point: torch.cat([p[point] for p in pieces]) for point in pieces[0]} if pieces[1:] else pieces[0]
+            yield {point: x_BD.to(self.device).float().div_(self.scale[point]) for point, x_BD in whole.items()}
             self._fill(wait=False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,7 +153,7 @@ class ActivationStream:
         window = self._window
         slots = window.slots[window.served : window.served + most]
         window.served += len(slots)
-        return {point: memory_WD[slots] for point, memory_WD in self._memory.items()}
+        return {point: memory_WD.index_select(0, slots) for point, memory_WD in self._memory.items()}
 
     def _turn(self) -> bool:
         """Fill the next window to its end and begin to serve it; False where the text has no more."""
@@ -182,11 +180,11 @@ class ActivationStream:
             if window.start is None:
                 window.start = {"position": part.position, "skip": self._used, "dropped": self._dropped_before}
             taken = min(room - window.filled, len(part) - self._used)
-            slots = window.slots[window.filled : window.filled + taken]
+            slots_n = window.slots[window.filled : window.filled + taken].numpy()
             for point, x_nD in part.x.items():
                 if point not in self._memory:
                     self._memory[point] = torch.empty(self._size_of(0), x_nD.shape[1], dtype=x_nD.dtype)
-                self._memory[point][slots] = x_nD[self._used : self._used + taken]
+                _as_bytes(self._memory[point])[slots_n] = _as_bytes(x_nD[self._used : self._used + taken])
             window.filled += taken
             self._used += taken
         if self._ahead is not None and window.filled == window.size and self._size_of(window.number + 1) == 0:
@@ -220,6 +218,12 @@ class ActivationStream:
             self._ahead = Ahead(partial(self.reader.read, position), self._bound)
             weakref.finalize(self, self._ahead.stop)
         return self._ahead
+
+
+def _as_bytes(x_ND: Tensor) -> Any:
+    """Rows as NumPy's opaque values `[N]`: moved to scattered places at once, twice as fast as torch's by element."""
+    bytes_Nb = x_ND.contiguous().view(torch.uint8).numpy()
+    return bytes_Nb.view(f"V{bytes_Nb.shape[1]}")[:, 0]
 
 
 class SyntheticStream:
