@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,11 +17,11 @@ from rich.console import Console
 
 import c2r
 from c2r.config import HookPoint, ModelConfig, RunConfig
-from c2r.data import fill
+from c2r.data import cache, fill
 from c2r.data.cache import CacheReader, read_manifest, read_shards
 from c2r.data.fill import fill_cache
 from c2r.data.harvest import LanguageModel, load_language_model
-from c2r.data.reader import BrokenActivations, live_reader
+from c2r.data.reader import BrokenActivations, LiveReader, live_reader
 from c2r.data.stream import ActivationStream
 from c2r.eval.suite import evaluate
 from c2r.train import source
@@ -210,8 +211,6 @@ def test_a_harvest_that_breaks_anywhere_goes_on(
     after: int, config: RunConfig, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between files of a shard, and with a line of the list cut short."""
-    from c2r.data import cache
-
     original, written = cache._write, []
 
     def write(*args: Any) -> dict[str, Any]:
@@ -298,6 +297,51 @@ def test_a_disk_that_is_too_small_is_named_before_the_work(config: RunConfig, mo
     monkeypatch.setattr(fill.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match=r"cache\.path: .* needs about 0\.0 GB more, the disk has 0\.0 GB free"):
         fill_cache(config, console=QUIET)
+
+
+def test_a_disk_that_fills_up_is_named_and_what_is_there_stays(
+    config: RunConfig, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = cache.save_file, []
+
+    def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 5:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+
+    monkeypatch.setattr(cache, "save_file", save)
+    with pytest.raises(ValueError, match=r"cannot write .*000001\.blocks\.1.* \([\d,]+ bytes\): .*No space left"):
+        fill_cache(config, console=QUIET)
+    assert config.cache is not None
+    assert not list(config.cache.path.glob("*.partial"))
+    monkeypatch.undo()
+    fill_cache(config, console=QUIET)
+    assert files(config.cache.path) == whole
+
+
+def test_text_that_ends_makes_a_shorter_cache_and_training_says_so(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def finite(*args: Any) -> LiveReader:
+        reader = live_reader(*args)
+        rows = reader.rows
+        reader.rows = lambda start: islice(rows(start), 9)
+        return reader
+
+    monkeypatch.setattr(fill, "live_reader", finite)
+    fill_cache(config)
+    assert "the text ended after" in capsys.readouterr().err
+    train(config)
+    said = capsys.readouterr().err
+    assert "its shards are read again, each time in another order" in " ".join(said.split())
+    assert c2r.load(config.output / "first").config["c2r"]["state"]["tokens"] == 2560
+
+
+def test_harvest_asks_for_a_cache(config: RunConfig) -> None:
+    with pytest.raises(ValueError, match=r"cache: no such section; `cache: \{path"):
+        fill_cache(config.model_copy(update={"cache": None}), console=QUIET)
 
 
 def test_broken_activations_name_hook_and_place_and_come_with_the_part(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from c2r.config import DataConfig, HookPoint, RunConfig
@@ -174,8 +174,12 @@ def _kept(norms: dict[HookPoint, Tensor], manifest: dict[str, Any], config: RunC
 def _kept_of_shard(folder: Path, shard: dict[str, Any], manifest: dict[str, Any], config: RunConfig) -> int:
     norms = {}
     for point in map(HookPoint.of, manifest["points"]):
-        with safe_open(folder / file_name(shard["number"], point.name), "pt") as tensors:
-            norms[point] = tensors.get_tensor("norms")
+        path = folder / file_name(shard["number"], point.name)
+        try:
+            with safe_open(path, "pt") as tensors:
+                norms[point] = tensors.get_tensor("norms")
+        except SafetensorError as error:
+            raise ValueError(f"cache.path: {path} is damaged ({error}); run `c2r harvest` with --verify") from error
     return _kept(norms, manifest, config)
 
 

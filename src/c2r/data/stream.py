@@ -71,6 +71,7 @@ class ActivationStream:
         self.reader, self.config, self.tokens, self.seed, self.device = reader, config, tokens, seed, device
         self._bound = config.ahead_tokens or max(1, config.buffer_tokens // 4)
         self._measured: Measured | None = None
+        self._ahead: Ahead | None = None
         self._memory: dict[HookPoint, Tensor] = {}
         self._begin({"window": 0, "served": 0, "position": None, "skip": 0, "dropped": 0})
 
@@ -138,7 +139,7 @@ class ActivationStream:
         number, places = state["window"], torch.arange(self.config.buffer_tokens)
         self._window = _Window(number, 0, places[:0], start, served=state["served"])
         self._next = _Window(number, self._size_of(number), places)
-        self._ahead: Ahead | None = None
+        self._ahead, self._position = None, state["position"]
         self._raw: deque[Part] = deque()
         """Parts that were measured and are not yet put into a window."""
         self._part: Part | None = None
@@ -214,8 +215,7 @@ class ActivationStream:
 
     def _reading(self) -> Ahead:
         if self._ahead is None:
-            position = (self._window.start or {})["position"]
-            self._ahead = Ahead(partial(self.reader.read, position), self._bound)
+            self._ahead = Ahead(partial(self.reader.read, self._position), self._bound)
             weakref.finalize(self, self._ahead.stop)
         return self._ahead
 
