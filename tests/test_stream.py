@@ -73,7 +73,7 @@ def test_every_activation_is_served_once_and_windows_follow_the_text(window: int
     assert [len(b) for b in batches[:-1]] == [batch] * (len(batches) - 1)
     served = [token for b in batches for token in b]
     assert sorted(served) == list(range(1000))
-    assert served != sorted(served)
+    assert batch >= window or served != sorted(served)
     for first in range(0, 1000, window):  # a window is the next so many tokens of the text, shuffled over all of it
         assert sorted(served[first : first + window]) == list(range(first, min(first + window, 1000)))
 
@@ -203,10 +203,10 @@ def test_the_reader_runs_ahead_and_no_further_than_the_bound() -> None:
     waiting = sum(map(len, ahead._waiting))
     assert 60 < waiting <= 100
     assert len(reader.made) == len(ahead._waiting) + 1  # one more is in the thread's hand
-    taken = [ahead.take(wait=True) for _ in range(50)]
+    taken = [ahead.take() for _ in range(50)]
     assert [part.position["token"] for part in taken if part] == reader.made[:50]
     ahead.close()
-    assert ahead.take(wait=True) is None
+    assert ahead.take() is None
 
 
 def test_a_part_larger_than_the_bound_passes() -> None:
@@ -248,7 +248,9 @@ def test_ctrl_c_reaches_a_consumer_that_waits() -> None:
                 time.sleep(3)
                 yield part
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs do without
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         next(ActivationStream(Slow(100), plain(64)).batches(10, 10))
+    signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 2

@@ -64,9 +64,9 @@ class StreamConfig(Frozen):
     """How activations are filtered, scaled and shuffled on their way to the SAEs."""
 
     buffer_tokens: Positive = 131_072
-    """Activations of a window; the text is cut into windows and each is shuffled. All of one is held in memory."""
+    """Activations of a window; the text is cut into windows and each is shuffled. One is held in memory."""
     ahead_tokens: Positive | None = None
-    """Activations that the language model may be ahead of the window; null: a quarter of `buffer_tokens`."""
+    """Activations that the language model may be ahead of the window; null: as many as a window has."""
     max_norm_multiple: Annotated[float, Field(gt=1)] | None = 10.0
     """Tokens whose norm exceeds this many median norms are dropped; null keeps all."""
     rows: Positive = 32

@@ -32,17 +32,17 @@ class Ahead:
         self._thread = threading.Thread(target=self._run, name="c2r reader", daemon=True)
         self._thread.start()
 
-    def take(self, *, wait: bool) -> Part | None:
-        """The next part; None when there is no more, or, without `wait`, none yet.
+    def take(self) -> Part | None:
+        """The next part; None when there is no more.
 
         Raises:
-            whatever the iterator raised, once all parts before it are taken, and only with `wait`.
+            whatever the iterator raised, once all parts before it are taken.
         """
         with self._changed:
-            while wait and not (self._waiting or self._finished or self._stopped):
+            while not (self._waiting or self._finished or self._stopped):
                 self._changed.wait(_POLL)
             if not self._waiting:
-                if wait and self._error is not None:
+                if self._error is not None:
                     raise self._error
                 return None
             part = self._waiting.popleft()

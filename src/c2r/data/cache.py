@@ -178,7 +178,8 @@ def load(folder: Path, shard: dict[str, Any], name: str) -> dict[str, Tensor]:
     fault = size_fault(folder, shard, name)
     if fault is None:
         data = torch.empty(expected["bytes"], dtype=torch.uint8)
-        view, digest = memoryview(data.numpy()), xxhash.xxh3_128()
+        array: Any = data.numpy()
+        view, digest = memoryview(array), xxhash.xxh3_128()
         with path.open("rb", buffering=0) as file:
             for first in range(0, len(view), _CHUNK):
                 chunk = view[first : first + _CHUNK]

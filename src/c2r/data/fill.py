@@ -129,7 +129,7 @@ def _extend(
     _record(config, manifest, shards, kept, complete=False)
     ahead = Ahead(partial(reader.read, shards[-1]["end"] if shards else None), size)
     try:
-        parts: Iterator[Part] = iter(partial(ahead.take, wait=True), None)
+        parts: Iterator[Part] = iter(ahead.take, None)
         if "median_norm" not in manifest:
             first = _measured(config, manifest, parts, target)
             parts = itertools.chain(first, parts)

@@ -6,10 +6,10 @@ B tokens in a batch · D width of the activations · W tokens in a window · n t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,23 +22,45 @@ from c2r.data.reader import CALIBRATION_TOKENS, Measured, Part, Reader, measure,
 from c2r.data.synthetic import KnownFeatures
 
 _CALIBRATION_SEED, _BLOCK = 2_000_003, 8192
+Piece = dict[HookPoint, Tensor]
 KNOWN = ModelConfig().point
 """What known features' activations are served under; they have no hook point."""
 
 
-@dataclass
 class _Window:
-    """A window that is filled in the order of the text, then served in the order of its permutation."""
+    """Consecutive tokens of the text, as the reader's parts have them, and the order in which they are served.
 
-    number: int
-    size: int
-    slots: Tensor
-    """Where in the memory its tokens lie, in the order of the text or, once it is served, of serving."""
-    start: dict[str, Any] | None = None
-    """The part in which its first token lies (`position`), tokens of that part that belong to earlier windows (`skip`),
-    and tokens `dropped` before that part."""
-    filled: int = 0
-    served: int = 0
+    Arguments:
+        number: of the window.
+        start: the part in which its first token lies (`position`), tokens of that part that belong to earlier windows
+            (`skip`), and tokens `dropped` before that part.
+        pieces: activations `[n, D]` by hook point, in the order of the text.
+        seed: of the order.
+        served: how many are not to be served again.
+    """
+
+    def __init__(self, number: int, start: dict[str, Any], pieces: list[Piece], seed: int, served: int) -> None:
+        self.number, self.start, self.pieces, self.served = number, start, pieces, served
+        self.begins = list(itertools.accumulate((len(next(iter(piece.values()))) for piece in pieces), initial=0))
+        digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+        self.order_W = torch.randperm(self.begins[-1], generator=generator)
+
+    @property
+    def left(self) -> int:
+        """Tokens to serve yet."""
+        return self.begins[-1] - self.served
+
+    def next(self, most: int) -> list[tuple[Piece, Tensor]]:
+        """The next tokens, at most so many, those of a batch in the order of the text: rows of pieces."""
+        places_n = self.order_W[self.served : self.served + most].sort().values
+        self.served += len(places_n)
+        cuts = torch.searchsorted(places_n, torch.tensor(self.begins)).tolist()
+        return [
+            (piece, places_n[first:last] - begin)
+            for piece, begin, first, last in zip(self.pieces, self.begins, cuts, cuts[1:], strict=False)
+            if last > first
+        ]
 
 
 class ActivationStream:
@@ -49,7 +71,7 @@ class ActivationStream:
     divided. What stays is cut into windows of `buffer_tokens`, each permuted by a generator of its own. So the state
     is where a window begins in the text and how much of it was served, and no activations.
 
-    The reader runs ahead in a thread. One window is in memory: the next moves into the places of what was served.
+    The reader runs ahead in a thread. In memory are one window and what is read ahead.
 
     Arguments:
         reader: parts in the order of the text.
@@ -69,10 +91,9 @@ class ActivationStream:
         device: str | torch.device = "cpu",
     ) -> None:
         self.reader, self.config, self.tokens, self.seed, self.device = reader, config, tokens, seed, device
-        self._bound = config.ahead_tokens or max(1, config.buffer_tokens // 4)
+        self._bound = config.ahead_tokens or config.buffer_tokens
         self._measured: Measured | None = None
         self._ahead: Ahead | None = None
-        self._memory: dict[HookPoint, Tensor] = {}
         self._begin({"window": 0, "served": 0, "position": None, "skip": 0, "dropped": 0})
 
     @property
@@ -96,22 +117,23 @@ class ActivationStream:
             ValueError: what the reader raises, when all whole windows before it are served.
         """
         while tokens > 0:
-            pieces: list[dict[HookPoint, Tensor]] = []
+            picked: list[tuple[Piece, Tensor]] = []
             size = missing = min(batch, tokens)
-            while missing and (self._window.served < self._window.filled or self._turn()):
-                pieces.append(self._serve(missing))
-                missing -= len(next(iter(pieces[-1].values())))
+            while missing and ((self._window is not None and self._window.left) or self._turn()):
+                assert self._window is not None
+                before = self._window.left
+                picked += self._window.next(missing)
+                missing -= before - self._window.left
             if missing == size:
                 return
             tokens -= size - missing
-            whole = {point: torch.cat([p[point] for p in pieces]) for point in pieces[0]} if pieces[1:] else pieces[0]
-            yield {point: x_BD.to(self.device).float().div_(self.scale[point]) for point, x_BD in whole.items()}
-            self._fill(wait=False)
+            yield {point: self._gathered(picked, point) for point in picked[0][0]}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, as JSON holds it; to be asked for between batches."""
         window = self._window
-        state: dict[str, Any] = {"window": window.number, "served": window.served, **(window.start or {})}
+        here = self._begun if window is None else {"window": window.number, "served": window.served, **window.start}
+        state: dict[str, Any] = dict(here)
         if self._measured is not None:
             for name, values in self._measured._asdict().items():
                 state[name] = {point.name: value for point, value in values.items()}
@@ -135,11 +157,9 @@ class ActivationStream:
 
     def _begin(self, state: dict[str, Any]) -> None:
         """Stand before the window of a state, of which so many tokens are not to be served again."""
-        start = {key: state[key] for key in ("position", "skip", "dropped")}
-        number, places = state["window"], torch.arange(self.config.buffer_tokens)
-        self._window = _Window(number, 0, places[:0], start, served=state["served"])
-        self._next = _Window(number, self._size_of(number), places)
-        self._ahead, self._position = None, state["position"]
+        self._begun = {key: state[key] for key in ("window", "served", "position", "skip", "dropped")}
+        self._window: _Window | None = None
+        self._ahead: Ahead | None = None
         self._raw: deque[Part] = deque()
         """Parts that were measured and are not yet put into a window."""
         self._part: Part | None = None
@@ -150,52 +170,46 @@ class ActivationStream:
         size = self.config.buffer_tokens
         return size if self.tokens is None else max(0, min(size, self.tokens - number * size))
 
-    def _serve(self, most: int) -> dict[HookPoint, Tensor]:
-        window = self._window
-        slots = window.slots[window.served : window.served + most]
-        window.served += len(slots)
-        return {point: memory_WD.index_select(0, slots) for point, memory_WD in self._memory.items()}
+    def _gathered(self, picked: list[tuple[Piece, Tensor]], point: HookPoint) -> Tensor:
+        """Scaled rows `[B, D]` on the device; they cross to another one as they are, and are widened there."""
+        pieces = [(piece[point], rows_n) for piece, rows_n in picked]
+        here = torch.device(self.device).type == "cpu"
+        x_BD = torch.empty(
+            sum(len(rows_n) for _, rows_n in pieces), pieces[0][0].shape[1],
+            dtype=torch.float32 if here else pieces[0][0].dtype,
+        )  # fmt: skip
+        first = 0
+        for x_ND, rows_n in pieces:  # widened and scaled piece by piece, while it is in the processor's cache
+            into_nD = x_BD[first : first + len(rows_n)].copy_(x_ND.index_select(0, rows_n))
+            first += len(rows_n)
+            if here:
+                into_nD.div_(self.scale[point])
+        return x_BD if here else x_BD.to(self.device).float().div_(self.scale[point])
 
     def _turn(self) -> bool:
-        """Fill the next window to its end and begin to serve it; False where the text has no more."""
-        self._fill(wait=True)
-        window, before = self._next, self._window
-        if window.filled == 0:
+        """Read the next window and stand at its begin; False where the text has no more."""
+        last = self._window
+        number = self._begun["window"] if last is None else last.number + 1
+        size, pieces, filled, start = self._size_of(number), [], 0, {}
+        while filled < size and (part := self._more()) is not None:
+            if not pieces:
+                start = {"position": part.position, "skip": self._used, "dropped": self._dropped_before}
+            piece = {point: x_nD[self._used : self._used + size - filled] for point, x_nD in part.x.items()}
+            taken = len(next(iter(piece.values())))
+            pieces.append(piece)
+            filled, self._used = filled + taken, self._used + taken
+        if self._ahead is not None and self._size_of(number + 1) == 0:
+            self._ahead.close()  # nothing more will be asked for
+        if not pieces:
             return False
-        order = torch.randperm(window.filled, generator=torch.Generator().manual_seed(self._seed_of(window.number)))
-        window.slots = window.slots[order]
-        window.served = before.served if before.number == window.number else 0
-        self._window = window
-        # Token i of the next window takes the place of the i-th served of this one.
-        self._next = _Window(window.number + 1, self._size_of(window.number + 1), window.slots)
+        self._window = _Window(number, start, pieces, self.seed, self._begun["served"] if last is None else 0)
         return True
 
-    def _seed_of(self, number: int) -> int:
-        return int.from_bytes(hashlib.sha256(f"{self.seed} {number}".encode()).digest()[:4], "big")
-
-    def _fill(self, *, wait: bool) -> None:
-        """Move what the reader has into the next window: as much as has place, or, without `wait`, as is there."""
-        serving, window = self._window, self._next
-        room = window.size if serving.served >= serving.filled else min(serving.served, window.size)
-        while window.filled < room and (part := self._more(wait)) is not None:
-            if window.start is None:
-                window.start = {"position": part.position, "skip": self._used, "dropped": self._dropped_before}
-            taken = min(room - window.filled, len(part) - self._used)
-            slots_n = window.slots[window.filled : window.filled + taken].numpy()
-            for point, x_nD in part.x.items():
-                if point not in self._memory:
-                    self._memory[point] = torch.empty(self._size_of(0), x_nD.shape[1], dtype=x_nD.dtype)
-                _as_bytes(self._memory[point])[slots_n] = _as_bytes(x_nD[self._used : self._used + taken])
-            window.filled += taken
-            self._used += taken
-        if self._ahead is not None and window.filled == window.size and self._size_of(window.number + 1) == 0:
-            self._ahead.close()  # nothing more will be asked for
-
-    def _more(self, wait: bool) -> Part | None:
-        """A filtered part that is not used up; None where there is none (yet)."""
+    def _more(self) -> Part | None:
+        """A filtered part that is not used up; None where the text has no more."""
         median = self.median_norm
         while self._part is None or self._used >= len(self._part):
-            part = self._raw.popleft() if self._raw else self._reading().take(wait=wait)
+            part = self._raw.popleft() if self._raw else self._reading().take()
             if part is None:
                 return None
             keep_n = usual(part.norms, median, self.config)
@@ -208,22 +222,16 @@ class ActivationStream:
     def _measure(self) -> Measured:
         if self._measured is None:
             wanted = min(CALIBRATION_TOKENS, self._size_of(0))
-            while sum(map(len, self._raw)) < wanted and (part := self._reading().take(wait=True)) is not None:
+            while sum(map(len, self._raw)) < wanted and (part := self._reading().take()) is not None:
                 self._raw.append(part)
             self._measured = measure(self._raw, wanted, self.config)
         return self._measured
 
     def _reading(self) -> Ahead:
         if self._ahead is None:
-            self._ahead = Ahead(partial(self.reader.read, self._position), self._bound)
+            self._ahead = Ahead(partial(self.reader.read, self._begun["position"]), self._bound)
             weakref.finalize(self, self._ahead.stop)
         return self._ahead
-
-
-def _as_bytes(x_ND: Tensor) -> Any:
-    """Rows as NumPy's opaque values `[N]`: moved to scattered places at once, twice as fast as torch's by element."""
-    bytes_Nb = x_ND.contiguous().view(torch.uint8).numpy()
-    return bytes_Nb.view(f"V{bytes_Nb.shape[1]}")[:, 0]
 
 
 class SyntheticStream:
