@@ -288,7 +288,7 @@ def run_of(output: Path, **changes: Any) -> RunConfig:
         ({"data": {"source": "synthetic"}}, r"data: preset: got None; accepted are tree"),
         (
             {"data": {"source": "synthetik"}},
-            r"data: source: got 'synthetik'; accepted are stdlib, files, hf, synthetic",
+            r"data: source: got 'synthetik'; accepted are stdlib, files, hf, mixture, synthetic",
         ),
         (
             {"data": RAW["data"] | {"parent": 3}},
