@@ -49,7 +49,9 @@ def absorption_of(changes: Iterable[str]) -> AbsorptionEvaluation | None:
         sections = {"prompts": FirstLetterSettings, "thresholds": AbsorptionSettings}
         faults = []
         for fault in error.errors():
-            section = sections.get(fault["loc"][0] if fault["loc"][1:] else None, AbsorptionEvaluation)
+            section = (
+                sections.get(str(fault["loc"][0]), AbsorptionEvaluation) if fault["loc"][1:] else AbsorptionEvaluation
+            )
             said = f"{fault['msg']} (got {fault['input']!r})"
             if fault["type"] == "extra_forbidden":
                 said = f"unknown; accepted are {', '.join(section.model_fields)}"
