@@ -89,9 +89,10 @@ def nearest_of_slice(rows_FD: Tensor, start: int, stop: int, dtype: torch.dtype,
     rows_FD = at_least_fp32(rows_FD)
     low_FD, inverse_F = rows_FD.to(dtype), rows_FD.norm(dim=1).clamp(min=1e-12).reciprocal()
     # A row's own norm does not change who is nearest to it; the others' are divided out after the product.
-    tile_RF = (low_FD[start:stop] @ low_FD.T).mul_(inverse_F.to(dtype))
-    tile_RF.diagonal(offset=start).fill_(-torch.inf)
-    near_RM = tile_RF.topk(min(most, len(rows_FD) - 1), dim=1).indices
+    # All rows times few is twice as fast on a CPU as few times all.
+    tile_FR = (low_FD @ low_FD[start:stop].T).mul_(inverse_F.to(dtype)[:, None])
+    tile_FR[start:stop].fill_diagonal_(-torch.inf)
+    near_RM = tile_FR.T.contiguous().topk(min(most, len(rows_FD) - 1), dim=1).indices
     own_RM = torch.arange(start, stop, device=near_RM.device)[:, None].expand_as(near_RM)
     dots_RM = row_dots(rows_FD, own_RM.flatten(), rows_FD, near_RM.flatten()).view_as(near_RM)
     best = (dots_RM * inverse_F[own_RM] * inverse_F[near_RM]).max(1)
