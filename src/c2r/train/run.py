@@ -36,6 +36,10 @@ SPARSE_BELOW = 0.03
 """Share of activations that fire, below which the sparse step beats the dense one (benchmarks/sparse.py)."""
 ALIVE_TOKENS = 500_000
 """A latent counts as alive in what a run shows if it fired within so many tokens."""
+_COUNTED = (
+    "step_number", "threshold", "smallest", "silent_tokens_F", "ever_fired_F", "p", "p_scale", "share",
+)  # fmt: skip
+"""Attributes of a `Run` that training changes, besides weights, moments, neighbours and generators."""
 Config = TypeVar("Config", bound=SAEConfig)
 
 
@@ -140,6 +144,35 @@ class Run(Generic[Config]):
                 "neighbor_churn": self.table.churn,
                 "neighbor_regret": self.table.regret,
             }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on bit for bit, as a tree of JSON values and tensors; those are not copies."""
+        adam = {name: dict(self.optimizer.state[weight]) for name, weight in self.sae.named_parameters()}
+        return {
+            "weights": {name: weight.detach() for name, weight in self.sae.named_parameters()},
+            "adam": adam,
+            "table": self.table.state_dict(),
+            "consistency": None if self.consistency is None else self.consistency.generator.get_state(),
+            "floor": self.selector.floor,
+            **{name: getattr(self, name) for name in _COUNTED},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of `state_dict`, copied to where the run's own is."""
+        for name, weight in self.sae.named_parameters():
+            weight.copy_(state["weights"][name])
+            for key, moment in self.optimizer.state[weight].items():
+                moment.copy_(state["adam"][name][key])
+        device = self.sae.W_dec.device
+        table = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in state["table"].items()}
+        self.table.load_state_dict(table | {"generator": state["table"]["generator"]})
+        if self.consistency is not None:
+            self.consistency.generator.set_state(state["consistency"])
+        self.selector.floor = state["floor"]
+        for name in _COUNTED:
+            value = state[name]
+            setattr(self, name, value.to(device, copy=True) if isinstance(value, Tensor) else value)
 
     def consistency_term(self, encoded: Encoded, batch: int) -> Tensor:
         """λ·C²R of the activations that the method shows it; 0 in the steps that leave it out."""
