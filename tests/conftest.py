@@ -41,6 +41,17 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on known features that nothing has disturbed."""
+    from c2r.train.trainer import train
+    from helpers import known_run
+
+    folder = tmp_path_factory.mktemp("known") / "whole"
+    train(known_run(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from helpers import write_corpus
 

@@ -1,5 +1,6 @@
 """Small real things for tests: models made from configs, a tokenizer trained on a few lines, run configurations."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,34 @@ def run_config(output: Path, language_model: Path | str, corpus: Path, **changes
         ],
     }
     return parse_config(raw | changes, "test")
+
+
+def known_run(output: Path, **changes: Any) -> RunConfig:
+    """24 steps of two SAEs on known features, which need no language model; `changes` replace whole sections."""
+    raw: dict[str, Any] = {
+        "output": str(output),
+        "data": {"source": "synthetic", "preset": "tree", "parents": 4, "children": 3, "independent": 8, "d_in": 24},
+        "train": {"tokens": 1536, "batch": 64, "lr": 3e-3, "device": "cpu", "log_every": 1},
+        "saes": [
+            {"name": "baseline", "width": 24, "k": 2, "dead_after_tokens": 500},
+            {"name": "c2r", "width": 24, "k": 2, "c2r": {"strength": 0.9, "ablation": "shuffled_norms"}},
+        ],
+    }
+    return parse_config(raw | changes, "test")
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Two runs' folders hold the same weights, bit for bit, from as many tokens."""
+    for name in ("baseline", "c2r"):
+        if (one / name).exists() or (other / name).exists():
+            weights = [(folder / name / "sae_weights.safetensors").read_bytes() for folder in (one, other)]
+            states = [json.loads((folder / name / "cfg.json").read_text())["c2r"]["state"] for folder in (one, other)]
+            assert weights[0] == weights[1]
+            assert states[0] == states[1]
+            assert states[0]["stopped"] is None
+
+
+def without_seconds(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, all but the time."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]

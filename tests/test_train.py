@@ -19,8 +19,9 @@ from c2r.loss.terms import Encoded, Forward, aux_k
 from c2r.methods import BatchTopKConfig, ConsistencyConfig
 from c2r.neighbors import nearest_neighbors
 from c2r.sae.base import SAE
-from c2r.train import source, trainer
+from c2r.train import source
 from c2r.train.optim import geometric_median, learning_rate_factor
+from c2r.train.output import RUN_MARK
 from c2r.train.run import Run
 from c2r.train.trainer import train
 from helpers import CONFIGS, run_config
@@ -319,7 +320,7 @@ def test_refusals_come_before_the_model_is_loaded(
     (full / "run.yaml").write_text("seed: 0")  # a user's own file of that name
     with pytest.raises(ValueError, match=r"holds something else \(run\.yaml\)"):
         train(run_config(full, tiny_models["llama"], corpus), overwrite=True)
-    (full / "run.yaml").write_text(trainer.RUN_MARK + "seed: 0")
+    (full / "run.yaml").write_text(RUN_MARK + "seed: 0")
     with pytest.raises(ValueError, match="earlier run; give another folder, or --overwrite"):
         train(run_config(full, tiny_models["llama"], corpus))
     long = {"source": "files", "path": str(corpus), "context": 65}

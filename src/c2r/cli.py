@@ -27,19 +27,21 @@ def train(
     run: Positional[Path],
     set: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(metavar="A.B=C")] = (),
     overwrite: bool = False,
+    skip_damaged: bool = False,
 ) -> None:
-    """Train the SAEs that a YAML file describes.
+    """Train the SAEs that a YAML file describes, or go on with the run of it that was stopped.
 
     Args:
         run: The run's YAML (see docs/configuration.md).
         set: Values that replace the file's, for example train.lr=3e-4 saes.0.k=16.
-        overwrite: Replace an earlier run in the output folder.
+        overwrite: Start afresh in place of an earlier run in the output folder.
+        skip_damaged: Where the newest checkpoint is damaged, go on from the last that is whole.
     """
     from c2r.config import load_config
     from c2r.train.trainer import train as train_run
 
     config = load_config(run, tuple(value for values in set for value in values))
-    folders = train_run(config, overwrite=overwrite)
+    folders = train_run(config, overwrite=overwrite, skip_damaged=skip_damaged)
     print("\n".join(map(str, folders.values())))
     print(f"next: c2r eval {' '.join(map(str, folders.values()))}")
 
@@ -202,9 +204,9 @@ def main(args: list[str] | None = None) -> None:
     except ValueError as error:
         print(f"c2r: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("c2r: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stopped:
+        print(f"c2r: {str(stopped) or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(getattr(stopped, "status", 130)) from None  # training heeds SIGTERM too
 
 
 _ABOUT = "Train sparse autoencoders with cross-sample consistency regularisation (C²R), and measure what it changed."

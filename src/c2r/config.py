@@ -103,11 +103,34 @@ class TrainConfig(Frozen):
     device: str = "auto"
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
+    checkpoint_every: Positive | None = None
+    """Steps between checkpoints; null: a minute, or what keeps writing them to a twentieth of the time."""
+    keep_checkpoints: Positive = 2
+    """The last so many are kept."""
 
     @property
     def steps(self) -> int:
         """Optimiser steps; the last batch may be short."""
         return -(-self.tokens // self.batch)
+
+
+class WandbConfig(Frozen):
+    """Weights & Biases."""
+
+    project: str = "c2r"
+    entity: str | None = None
+    name: str | None = None
+    """Null: the output folder's."""
+    mode: Literal["online", "offline"] = "online"
+
+
+class TrackingConfig(Frozen):
+    """Where a run's figures go besides metrics.jsonl, which has them all."""
+
+    tensorboard: bool = False
+    """Event files under `tensorboard/` in the output folder; needs the extra of that name."""
+    wandb: WandbConfig | None = None
+    """Needs the extra of that name; `{}` takes the defaults."""
 
 
 class RunConfig(Frozen):
@@ -121,6 +144,7 @@ class RunConfig(Frozen):
     cache: CacheConfig | None = None
     """None (null): the language model runs while training."""
     train: TrainConfig
+    tracking: TrackingConfig = TrackingConfig()
     saes: Annotated[list[AnySAE], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -216,6 +240,8 @@ def _fields_at(location: tuple[int | str, ...], raw: dict[str, Any]) -> list[str
         "stream": StreamConfig,
         "cache": CacheConfig,
         "train": TrainConfig,
+        "tracking": TrackingConfig,
+        "wandb": WandbConfig,
         "c2r": ConsistencyConfig,
     }
     if location[:1] == ("saes",):

@@ -13,7 +13,8 @@ from c2r.eval.results import write_json
 from c2r.eval.suite import evaluate
 from c2r.report.html import write_report
 from c2r.report.table import print_results, summary
-from c2r.train.trainer import METRICS_FILE, RUN_FILE, train
+from c2r.train.output import METRICS_FILE, RUN_FILE
+from c2r.train.trainer import train
 
 EVALUATION_TOKENS = 40_000
 SUITES = ("core", "absorption", "splitting")

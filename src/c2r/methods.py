@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 _WHOLE = re.compile(r"\d+(\.\d*)?[eE]\+?\d+")
 RESERVED = (
     "run.yaml", "metrics.jsonl", "summary.json", "report.html", "evaluations", "checkpoints",
-    "known_features", "known_features.json",
+    "known_features", "known_features.json", "faulty", "tensorboard", "wandb",
 )  # fmt: skip
 """What else lies in a run's folder; no SAE can be called so."""
 

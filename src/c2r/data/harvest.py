@@ -10,12 +10,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.resources import files
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from c2r.config import Hook, HookPoint, ModelConfig
+from c2r.data.memory import RoomError, check_fits
 
 Replace = Callable[[Tensor], Tensor]
 
@@ -166,12 +168,18 @@ def load_language_model(config: ModelConfig, device: str | torch.device = "cpu")
     path = model_path(config.name)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
-        blocks = AutoConfig.from_pretrained(path, **options).get_text_config().num_hidden_layers
-        _check_layer(config.layer, blocks)  # before gigabytes are read
+        architecture = AutoConfig.from_pretrained(path, **options)
+        _check_layer(config.layer, architecture.get_text_config().num_hidden_layers)  # before gigabytes are read
+        _check_fits(config, architecture, torch.device(device))
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
-    except LayerError:
+    except (LayerError, RoomError):
         raise
+    except UnpicklingError as error:  # transformers reads pytorch_model.bin with weights_only=True
+        raise ValueError(
+            f"model.name: {config.name!r} holds a pickle with code in it, which was not run; c2r reads "
+            f"safetensors, and pickles of tensors alone ({str(error).splitlines()[0]})"
+        ) from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"model.name: cannot load {config.name!r}; accepted are 'embedded', a folder in Hugging Face format, or a "
@@ -179,6 +187,28 @@ def load_language_model(config: ModelConfig, device: str | torch.device = "cpu")
         ) from error
     model = model.to(torch.device(device)).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
     return LanguageModel(model, tokenizer, layer=config.layer, hook=config.hook)
+
+
+def _check_fits(config: ModelConfig, architecture: Any, device: torch.device) -> None:
+    """Refuse a model whose weights alone are more than there is room for; nothing is loaded for it.
+
+    Where the size cannot be known before (quantised weights, a model that cannot be made without memory) all pass.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if getattr(architecture, "quantization_config", None) is not None:
+        return
+    try:
+        with torch.device("meta"):  # shapes without memory
+            empty = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
+    except (RuntimeError, NotImplementedError):
+        return
+    size = sum(weight.numel() for weight in empty.parameters()) * getattr(torch, config.dtype).itemsize
+    for place in dict.fromkeys((torch.device("cpu"), device)):  # weights pass through the CPU's memory
+        check_fits(
+            f"model.name: the weights of {config.name!r} as {config.dtype}", size, place,
+            "lower model.dtype (bfloat16 is half of float32), or take a smaller model",
+        )  # fmt: skip
 
 
 def _check_layer(layer: int, blocks: int) -> None:

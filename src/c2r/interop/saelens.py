@@ -31,6 +31,7 @@ _TENSORS: dict[str, set[str]] = {
     "abs_topk": _COMMON | {"b_enc"},
 }
 """By architecture. SAELens knows all but abs_topk, which is ours."""
+_PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 
 def save_sae(sae: SAE, folder: Path, *, metadata: dict[str, Any], c2r: dict[str, Any]) -> None:
@@ -76,9 +77,11 @@ def load_sae(path: str | Path) -> SAE:
     """Read an SAE folder that c2r or SAELens wrote (architectures standard, topk, jumprelu, gated, abs_topk).
 
     Raises:
-        ValueError: no such folder, a damaged or foreign file, or an architecture that is not read yet.
+        ValueError: no such folder, a damaged or foreign file, a pickle in place of the weights (it is not opened), or
+            an architecture that is not read yet.
     """
     folder = Path(path)
+    _refuse_pickles(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: not an SAE folder; it has no {name}")
@@ -122,6 +125,20 @@ def load_sae(path: str | Path) -> SAE:
         subtract_b_dec=config.get("apply_b_dec_to_input", True),
         config=config,
     ).requires_grad_(False)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Tell of a pickle where the weights should be: opening one can run code."""
+    candidates = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob("*.*"))
+    for path in candidates:
+        # safetensors opens with the length of its header, whose upper bytes are 0, and then with the header.
+        with path.open("rb") as file:
+            head = file.read(9)
+        pickled = head.startswith((b"PK\x03\x04", b"\x80")) and head[8:] != b"{"
+        if pickled or (path.suffix in _PICKLES and path.name != WEIGHTS):
+            raise ValueError(
+                f"{folder}: {path.name} is a pickle, which could run code and was not opened; c2r reads safetensors"
+            )
 
 
 def _replace(partial: Path, folder: Path) -> None:

@@ -146,7 +146,7 @@ class Run(Generic[Config]):
             }
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on bit for bit, as a tree of JSON values and tensors; those are not copies."""
+        """All that a run needs to go on bit for bit: a tree of JSON values and of tensors, which are the run's own."""
         adam = {name: dict(self.optimizer.state[weight]) for name, weight in self.sae.named_parameters()}
         return {
             "weights": {name: weight.detach() for name, weight in self.sae.named_parameters()},

@@ -2,167 +2,214 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.markup import escape
+from torch import Tensor
 
-from c2r.config import RunConfig
+from c2r.config import HookPoint, RunConfig
 from c2r.data.harvest import pick_device
-from c2r.interop.saelens import save_sae
-from c2r.methods import RESERVED, SAEConfig
-from c2r.penalty import lambda_of_strength, strength_of_lambda
+from c2r.data.reader import BrokenActivations
+from c2r.methods import SAEConfig
 from c2r.sae.base import SAE
-from c2r.train.log import RunLog
+from c2r.train.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Checkpoints,
+    latest_checkpoint,
+    rng_state,
+    set_rng_state,
+)
+from c2r.train.faults import check_disk, check_loss, check_room, check_weights, keep_faulty, telling_of_memory
+from c2r.train.log import LogPosition, RunLog
 from c2r.train.memory import keep_freed_memory
+from c2r.train.output import METRICS_FILE, as_written, check_output, check_same, finished, held, prepare_output
 from c2r.train.run import Run
-from c2r.train.source import Source, Stream, check_data, open_source
+from c2r.train.save import save_run
+from c2r.train.source import Source, check_data, open_source
 from c2r.train.start import check_start, starting_weights
-
-RUN_FILE, METRICS_FILE = "run.yaml", "metrics.jsonl"
-RUN_MARK = "# Written by c2r: the configuration of the run in this folder.\n"
-"""First line of a recorded configuration; a folder without it is not ours to overwrite."""
+from c2r.train.stop import StopSignals
+from c2r.train.tracking import check_trackers, open_trackers
 
 
-def train(config: RunConfig, *, overwrite: bool = False, console: Console | None = None) -> dict[str, Path]:
-    """Train the configured SAEs and return the folder of each.
+def train(
+    config: RunConfig, *, overwrite: bool = False, skip_damaged: bool = False, console: Console | None = None
+) -> dict[str, Path]:
+    """Train the configured SAEs and return the folder of each; a run that stands in the output folder is gone on with.
 
-    Whatever ends training early, Ctrl-C included, is raised again after the SAEs have been saved as they are, with
-    the reason in their `cfg.json`.
+    Whatever ends training early is raised again after a checkpoint and the SAEs as they are have been saved, with the
+    reason in their `cfg.json`. So do the first SIGINT or SIGTERM, once the step under way is done; the second ends at
+    once (in the main thread; elsewhere signals are left alone).
+
+    Arguments:
+        overwrite: start afresh in place of an earlier run.
+        skip_damaged: where the newest checkpoint is damaged, go on from the last that is whole.
 
     Raises:
         ValueError: anything wrong with the configuration that shows before training, an output folder that holds
-            something else, or activations or losses that are not finite.
+            something else or a run of another configuration, a damaged checkpoint, activations or losses that are
+            not finite, text that ends early, a full disk, or too little memory.
+        Stopped: a signal (a KeyboardInterrupt).
     """
     console = console or Console(stderr=True)
     check_data(config)
-    starts = {sae.name: check_start(sae) for sae in config.saes}
-    check_output(config.output, overwrite)
+    check_trackers(config)
+    with held(config.output):
+        check_output(config, overwrite=overwrite)
+        if not overwrite and finished(config):
+            console.print(f"{config.output}: this run is finished; --overwrite starts it afresh")
+            return {sae.name: config.output / sae.name for sae in config.saes}
+        checkpoint = None if overwrite else latest_checkpoint(config.output, skip_damaged=skip_damaged)
+        if checkpoint is not None:
+            check_same(checkpoint.tree["config"], config)
+            console.print(f"going on from {checkpoint.folder}", soft_wrap=True)
+        with telling_of_memory(config):
+            return _train(config, checkpoint, overwrite, console)
+
+
+@dataclass
+class _Progress:
+    """How far a run has come."""
+
+    stream: dict[str, Any]
+    """Where its stream stood after the last step."""
+    step: int = 0
+    tokens: int = 0
+    log: LogPosition = field(default_factory=LogPosition)
+    whole: bool = True
+    """Every SAE is between steps, so that a checkpoint can be made."""
+
+    def done(self, tokens: int, stream: dict[str, Any]) -> None:
+        """All SAEs have made a step."""
+        self.step, self.tokens, self.stream, self.whole = self.step + 1, self.tokens + tokens, stream, True
+
+
+def _train(config: RunConfig, checkpoint: Checkpoint | None, overwrite: bool, console: Console) -> dict[str, Path]:
+    starts = {sae.name: None if checkpoint else check_start(sae) for sae in config.saes}
     device = pick_device(config.train.device)
     keep_freed_memory()
     source = open_source(config, device, console)
+    try:
+        check_room(config, source.d_in, device)
+        at, runs = _begin(config, checkpoint, source, starts, device)
+        check_disk(config, runs)
+        prepare_output(config, overwrite=overwrite)
+        checkpoints, trackers = Checkpoints(config.output, config.train), open_trackers(config, at.step)
+        path, every = config.output / METRICS_FILE, config.train.log_every
+        with (
+            RunLog(path, config.train.tokens, every, console, start=at.log, trackers=trackers) as log,
+            StopSignals() as signals,
+        ):
+            try:
+                for x in _batches(source, config, at, signals):
+                    for run in runs:
+                        x_BD = x[config.point(run.config)]
+                        measured = run.step(x_BD)
+                        check_loss(run, measured["loss"], x_BD, config)
+                        log.step(run.config.name, run.step_number, at.tokens + len(x_BD), measured)
+                    at.done(len(x_BD), source.stream.state_dict())
+                    if checkpoints.due(at.step):
+                        checkpoints.save(at.step, _state(config, at, runs, log))
+            except BaseException as error:
+                if not signals.at_once:
+                    _keep(error, config, at, runs, source, log, checkpoints, console)
+                raise
+        return {run.config.name: save_run(run, config, source, console, tokens=at.tokens) for run in runs}
+    finally:
+        source.stream.close()
+
+
+def _begin(
+    config: RunConfig,
+    checkpoint: Checkpoint | None,
+    source: Source,
+    starts: dict[str, SAE | None],
+    device: torch.device,
+) -> tuple[_Progress, list[Run[Any]]]:
+    """The SAEs and how far they are: new ones, or as the checkpoint has them."""
     stream = source.stream
+    state = None if checkpoint is None else checkpoint.state()
+    if state is not None:
+        stream.load_state_dict(state["stream"])
     scale = {sae.name: stream.scale[config.point(sae)] for sae in config.saes}
     runs = [_new_run(sae, starts[sae.name], config, source.d_in, scale[sae.name], device) for sae in config.saes]
-    _prepare_output(config)
-    state: dict[str, Any] = {"tokens": 0, "stopped": None}
-    with RunLog(config.output / METRICS_FILE, config.train.tokens, config.train.log_every, console) as log:
-        try:
-            for tokens, run, measured in _steps(runs, stream, config):
-                state["tokens"] = tokens
-                log.step(run.config.name, run.step_number, tokens, measured, last=tokens >= config.train.tokens)
-        except BaseException as error:
-            state["stopped"] = f"{type(error).__name__}: {error}".rstrip(": ")
-            console.print(f"[yellow]stopped after {state['tokens']:,} of {config.train.tokens:,} tokens; saving[/]")
-            _save_what_can_be(runs, config, source, state, console)
-            raise
-        finally:
-            stream.close()
-    return {run.config.name: _save(run, config, source, state, console) for run in runs}
+    if state is None:
+        return _Progress(stream.state_dict()), runs
+    for run in runs:
+        run.load_state_dict(state["saes"][run.config.name])
+    set_rng_state(state["rng"], device)
+    return _Progress(state["stream"], state["step"], state["tokens"], LogPosition(**state["log"])), runs
 
 
-def _steps(
-    runs: list[Run[Any]], stream: Stream, config: RunConfig
-) -> Iterator[tuple[int, Run[Any], dict[str, torch.Tensor]]]:
-    """Every SAE's step on every batch, with the tokens seen so far."""
-    done = 0
-    points = [config.point(run.config) for run in runs]
-    for x in stream.batches(config.train.batch, config.train.tokens):
-        done += len(x[points[0]])
-        for run, point in zip(runs, points, strict=True):
-            measured = run.step(x[point])
-            if not torch.isfinite(measured["loss"]):
-                raise ValueError(
-                    f"saes.{run.config.name}: the loss is {measured['loss'].item()} at step {run.step_number}; "
-                    f"a lower train.lr (now {config.train.lr}) may help"
-                )
-            yield done, run, measured
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds anything but a run of c2r's that may be overwritten; make it where it is not.
+def _batches(
+    source: Source, config: RunConfig, at: _Progress, signals: StopSignals
+) -> Iterator[dict[HookPoint, Tensor]]:
+    """Batches until all tokens are seen.
 
     Raises:
-        ValueError: says what is there.
+        ValueError: the source ends early, or the model emits NaN or infinity, which is kept.
+        Stopped: a signal came since the last batch, or while waiting for the next.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output: cannot make the folder {output}: {error.strerror}") from error
-    foreign = sorted(path.name for path in output.iterdir() if not _is_ours(path))
-    if foreign:
-        raise ValueError(
-            f"output: {output} holds something else ({', '.join(foreign[:5])}); give a new or empty folder"
-        )
-    if any(output.iterdir()) and not overwrite:
-        raise ValueError(f"output: {output} holds an earlier run; give another folder, or --overwrite to replace it")
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether c2r wrote this into a run's folder: only that is ever overwritten."""
-    try:
-        if path.name == RUN_FILE:
-            return path.read_text(encoding="utf-8").startswith(RUN_MARK)
-        if (path / "cfg.json").is_file():
-            return "c2r" in json.loads((path / "cfg.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return path.name in RESERVED
-
-
-def _prepare_output(config: RunConfig) -> None:
-    """Clear what an earlier run left (`check_output` allowed it) and record the configuration as it was written."""
-    for path in config.output.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    written = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    text = RUN_MARK + yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
-    (config.output / RUN_FILE).write_text(text, encoding="utf-8")
-
-
-def _save_what_can_be(
-    runs: list[Run[Any]], config: RunConfig, source: Source, state: dict[str, Any], console: Console
-) -> None:
-    """Save each SAE that is whole; one that is not does not keep the others from it."""
-    for run in runs:
+    batches = source.stream.batches(config.train.batch, config.train.tokens - at.tokens)
+    while at.tokens < config.train.tokens:
         try:
-            _save(run, config, source, state, console)
-        except ValueError as error:
-            console.print(f"[yellow]{escape(str(error))}[/]")
+            with signals.waiting():
+                x = next(batches, None)
+        except BrokenActivations as error:
+            file = keep_faulty(config.output, at.step + 1, error.tensors)
+            raise ValueError(f"{error} (at step {at.step + 1}; they are in {file})") from error
+        if x is None:
+            raise ValueError(
+                f"data: the source ended after {at.tokens:,} of {config.train.tokens:,} tokens; give more text, or "
+                "lower train.tokens"
+            )
+        at.whole = False
+        yield x
 
 
-def _save(run: Run[Any], config: RunConfig, source: Source, state: dict[str, Any], console: Console) -> Path:
-    folder = config.output / run.config.name
-    metadata = source.metadata_of(run.config) | {"training_architecture": run.config.method}
-    point = config.point(run.config)
-    scale, median_norm = source.stream.scale[point], source.stream.median_norm[point]
-    ours = {
-        "model": source.model_of(run.config),
-        "seed": config.seed,
-        "data": config.data.model_dump(mode="json"),
-        "train": config.train.model_dump(mode="json"),
-        "sae": run.config.model_dump(mode="json", by_alias=True),
-        "state": {**state, "scale": scale, "median_norm": median_norm, **_both_units(run, config)},
+def _state(config: RunConfig, at: _Progress, runs: list[Run[Any]], log: RunLog) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    for run in runs:
+        check_weights(run)
+    return {
+        "config": as_written(config),
+        "step": at.step,
+        "tokens": at.tokens,
+        "stream": at.stream,
+        "log": log.position()._asdict(),
+        "rng": rng_state(runs[0].sae.W_dec.device),
+        "saes": {run.config.name: run.state_dict() for run in runs},
     }
-    save_sae(run.export(scale), folder, metadata=metadata, c2r=ours)
-    console.print(f"saved {folder}")
-    return folder
 
 
-def _both_units(run: Run[Any], config: RunConfig) -> dict[str, float]:
-    """C²R's strength in both units, whichever was given."""
-    c2r, shape = run.config.c2r, {"batch": config.train.batch, "width": run.config.width}
-    if c2r is None:
-        return {}
-    if c2r.lam is not None:
-        return {"lambda": c2r.lam, "strength": strength_of_lambda(c2r.lam, alpha=c2r.alpha, **shape)}
-    strength = c2r.strength or 0.0
-    return {"lambda": lambda_of_strength(strength, alpha=c2r.alpha, **shape), "strength": strength}
+def _keep(
+    error: BaseException, config: RunConfig, at: _Progress, runs: list[Run[Any]], source: Source, log: RunLog,
+    checkpoints: Checkpoints, console: Console,
+) -> None:  # fmt: skip
+    """Save what can be of a run that ends early; what is not whole does not keep the rest from it."""
+    reason = f"{type(error).__name__}: {error}".rstrip(": ")
+    console.print(f"[yellow]stopped after {at.tokens:,} of {config.train.tokens:,} tokens; saving[/]")
+    if at.whole and at.step > 0 and not isinstance(error, CheckpointError):
+        with _told(console):
+            folder = checkpoints.save(at.step, _state(config, at, runs, log))
+            console.print(f"saved {folder}; c2r train with the same configuration goes on from there", soft_wrap=True)
+    for run in runs:
+        with _told(console):
+            save_run(run, config, source, console, tokens=at.tokens, stopped=reason)
+
+
+@contextmanager
+def _told(console: Console) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        console.print(f"[yellow]{escape(str(error))}[/]")
 
 
 def _new_run(
