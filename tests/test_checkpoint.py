@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from c2r.config import TrainConfig
+from c2r.neighbors import NeighborTable
 from c2r.recipes import RECIPES
 from c2r.train import checkpoint
 from c2r.train.checkpoint import (
@@ -105,7 +106,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(method: str, consist
 
 TRANSIENT = ("run._neighbors", "run.optimizer.groups")
 """What a step sets before it uses it."""
-PIECES = [*_COUNTED, "floor", "consistency", "index", "cursor", "generator", "churn", "regret", "weights", "adam"]
+PIECES = [*_COUNTED, "selector", "consistency", "weights", "adam", *NeighborTable().state_dict()]
 
 
 @pytest.mark.parametrize("piece", [None, *PIECES])

@@ -153,7 +153,7 @@ class Run(Generic[Config]):
             "adam": adam,
             "table": self.table.state_dict(),
             "consistency": None if self.consistency is None else self.consistency.generator.get_state(),
-            "floor": self.selector.floor,
+            "selector": dict(vars(self.selector)),  # numbers alone
             **{name: getattr(self, name) for name in _COUNTED},
         }
 
@@ -169,7 +169,7 @@ class Run(Generic[Config]):
         self.table.load_state_dict(table | {"generator": state["table"]["generator"]})
         if self.consistency is not None:
             self.consistency.generator.set_state(state["consistency"])
-        self.selector.floor = state["floor"]
+        vars(self.selector).update(state["selector"])
         for name in _COUNTED:
             value = state[name]
             setattr(self, name, value.to(device, copy=True) if isinstance(value, Tensor) else value)
