@@ -75,7 +75,9 @@ def test_many_kills(kind: str, tiny_models: dict[str, Path], corpus: Path, tmp_p
         config = run_config(tmp_path / "run", tiny_models["llama"], corpus, **changes)
     path, output, log = tmp_path / "run.yaml", config.output, tmp_path / "log"
     if kind == "cached":
-        cached = as_written(config) | {"cache": {"path": str(tmp_path / "cache"), "tokens": 30_000}}
+        cached = as_written(config) | {
+            "cache": {"path": str(tmp_path / "cache"), "tokens": 30_000, "shard_tokens": 4096}
+        }
         path.write_text(yaml.safe_dump(cached))
         main(["harvest", str(path)])
         config = RunConfig.model_validate(cached)

@@ -108,12 +108,13 @@ def _train(config: RunConfig, checkpoint: Checkpoint | None, overwrite: bool, co
         ):
             try:
                 for x in _batches(source, config, at, signals):
+                    tokens = len(next(iter(x.values())))
                     for run in runs:
                         x_BD = x[config.point(run.config)]
                         measured = run.step(x_BD)
                         check_loss(run, measured["loss"], x_BD, config)
-                        log.step(run.config.name, run.step_number, at.tokens + len(x_BD), measured)
-                    at.done(len(x_BD), source.stream.state_dict())
+                        log.step(run.config.name, run.step_number, at.tokens + tokens, measured)
+                    at.done(tokens, source.stream.state_dict())
                     if checkpoints.due(at.step):
                         checkpoints.save(at.step, _state(config, at, runs, log))
             except BaseException as error:
