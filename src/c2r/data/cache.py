@@ -24,10 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from c2r.config import HookPoint, RunConfig
+from c2r.data.buffers import Buffers
 from c2r.data.reader import Part
 
 FORMAT, MANIFEST, SHARDS, TOKENS = 1, "manifest.json", "shards.jsonl", "tokens"
-_CHUNK, _PART_TOKENS = 2**22, 8192
+_CHUNK, _PART_TOKENS = 2**20, 8192
 
 
 class CacheReader:
@@ -44,6 +45,10 @@ class CacheReader:
     def __init__(self, folder: Path, points: Sequence[HookPoint], *, seed: int = 0) -> None:
         self.folder, self.points, self.seed = folder, points, seed
         self.shards = read_shards(folder)
+        self._buffers = {
+            point: Buffers(max((shard["files"][point.name]["bytes"] for shard in self.shards), default=0))
+            for point in points
+        }
 
     def read(self, start: Any = None) -> Iterator[Part]:
         """See `Reader`.
@@ -61,7 +66,7 @@ class CacheReader:
     def _parts(self, number: int, place: int, begin: int) -> Iterator[Part]:
         shard = self.shards[self._order(number)[place]]
         tokens = load(self.folder, shard, TOKENS)
-        read = {point: load(self.folder, shard, point.name) for point in self.points}
+        read = {point: load(self.folder, shard, point.name, self._buffers[point]) for point in self.points}
         for first in range(begin, shard["tokens"], _PART_TOKENS):
             piece = slice(first, first + _PART_TOKENS)
             yield Part(
@@ -168,8 +173,8 @@ def read_shards(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def load(folder: Path, shard: dict[str, Any], name: str) -> dict[str, Tensor]:
-    """The tensors of one file of a shard, its checksum compared while it is read.
+def load(folder: Path, shard: dict[str, Any], name: str, buffers: Buffers | None = None) -> dict[str, Tensor]:
+    """The tensors of one file of a shard, its checksum compared while it is read; into one of `buffers` if given.
 
     Raises:
         ValueError: the file is missing or damaged; says what to do.
@@ -177,8 +182,7 @@ def load(folder: Path, shard: dict[str, Any], name: str) -> dict[str, Tensor]:
     expected, path = shard["files"][name], folder / file_name(shard["number"], name)
     fault = size_fault(folder, shard, name)
     if fault is None:
-        data = torch.empty(expected["bytes"], dtype=torch.uint8)
-        array: Any = data.numpy()
+        array = (buffers or Buffers(expected["bytes"])).take(expected["bytes"])
         view, digest = memoryview(array), xxhash.xxh3_128()
         with path.open("rb", buffering=0) as file:
             for first in range(0, len(view), _CHUNK):
@@ -186,7 +190,7 @@ def load(folder: Path, shard: dict[str, Any], name: str) -> dict[str, Tensor]:
                 file.readinto(chunk)  # while it is in the processor's cache
                 digest.update(chunk)
         if digest.hexdigest() == expected["xxh3_128"]:
-            return _tensors(data)
+            return _tensors(torch.from_numpy(array))
         fault = "its checksum is not the one that it was written with"
     raise ValueError(
         f"cache.path: {path} is damaged: {fault}; delete it and run `c2r harvest` again, which makes just that one anew"
