@@ -20,10 +20,11 @@ from torch import Tensor
 
 from c2r.codes import Codes, Support
 from c2r.methods import ConsistencyConfig
-from c2r.neighbors import NeighborTable
+from c2r.neighbors import NeighborTable, renewed_rows
 from c2r.penalty import consistency_penalty
 from c2r.report.html import line_chart
 from c2r.sae.base import SAE
+from c2r.tiles import quick_dtype
 from c2r.train.consistency import Consistency
 from c2r.train.memory import keep_freed_memory
 from published import chunked_penalty
@@ -96,9 +97,10 @@ def in_training(args: argparse.Namespace) -> dict[int, float]:
         tokens = torch.arange(args.batch).repeat_interleave(args.k)
         acts = Codes(torch.rand(len(latents), generator=generator), Support(latents, tokens, args.batch, width))
         term = Consistency(ConsistencyConfig(strength=1.0), sae, seed=0)
-        table = NeighborTable(dtype=torch.bfloat16)
+        table = NeighborTable(rows=renewed_rows(width, 10**6), dtype=quick_dtype(torch.device("cpu")))
         # The first refresh is a whole search, made once in a run; it is no part of a step.
-        table.load_state_dict(table.state_dict() | {"index": torch.arange(width).roll(1)})
+        others = torch.arange(width).roll(1)
+        table.load_state_dict(table.state_dict() | {"index_F": others, "shortlist_MF": others.repeat(32, 1)})
 
         def step(
             sae: SAE = sae, acts: Codes = acts, term: Consistency = term, table: NeighborTable = table

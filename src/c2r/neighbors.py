@@ -20,6 +20,8 @@ from c2r.codes import at_least_fp32, row_dots
 from c2r.tiles import nearest_in_tiles, nearest_of_slice
 
 Mode = Literal["exact", "chunked"]
+_STATE = ("index_F", "shortlist_MF", "cursor", "turn", "churn", "regret")
+"""What changes in a `NeighborTable`, besides its generator."""
 
 
 class Neighbors(NamedTuple):
@@ -146,13 +148,12 @@ class NeighborTable:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if never stopped."""
-        names = ("index_F", "shortlist_MF", "cursor", "turn", "churn", "regret")
-        return {"generator": self.generator.get_state(), **{name: getattr(self, name) for name in names}}
+        return {"generator": self.generator.get_state(), **{name: getattr(self, name) for name in _STATE}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state of `state_dict`."""
         self.generator.set_state(state["generator"])
-        for name in state.keys() - {"generator"}:
+        for name in _STATE:
             value = state[name]
             setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
 
