@@ -159,8 +159,8 @@ class NeighborTable:
 
 
 def renewed_rows(width: int, steps: int) -> int:
-    """Rows that the lagged table renews a step of training: each every 512 steps, and twenty times in a run."""
-    return min(max(-(-width // 512), -(-20 * width // steps)), 1024, width)
+    """Rows that the lagged table renews a step: 32, or so many that each is every 512 steps and twenty times in a run."""
+    return min(max(32, -(-width // 512), -(-20 * width // steps)), 1024, width)
 
 
 def random_floor(width: int, d_in: int) -> float:

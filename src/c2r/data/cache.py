@@ -182,7 +182,7 @@ def load(folder: Path, shard: dict[str, Any], name: str, buffers: Buffers | None
     expected, path = shard["files"][name], folder / file_name(shard["number"], name)
     fault = size_fault(folder, shard, name)
     if fault is None:
-        array = (buffers or Buffers(expected["bytes"])).take(expected["bytes"])
+        array: Any = (buffers or Buffers(expected["bytes"])).take(expected["bytes"])
         view, digest = memoryview(array), xxhash.xxh3_128()
         with path.open("rb", buffering=0) as file:
             for first in range(0, len(view), _CHUNK):
