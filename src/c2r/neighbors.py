@@ -159,7 +159,7 @@ class NeighborTable:
 
 
 def renewed_rows(width: int, steps: int) -> int:
-    """Rows that the lagged table renews a step: 32, or so many that each is every 512 steps and twenty times in a run."""
+    """Rows that the lagged table renews a step: 32, or as many as renew each every 512 steps and 20 times in a run."""
     return min(max(32, -(-width // 512), -(-20 * width // steps)), 1024, width)
 
 
