@@ -227,17 +227,37 @@ def test_an_error_of_the_reader_surfaces_after_the_whole_windows_before_it() -> 
     assert sorted(served) == list(range(400))
 
 
-def test_closing_and_forgetting_a_stream_end_its_thread() -> None:
-    before = threads()["c2r reader"]
-    stream = ActivationStream(Numbers(10**6), plain(64))
-    next(stream.batches(10, 10))
-    assert threads()["c2r reader"] == before + 1
-    stream.close()
-    assert threads()["c2r reader"] == before
-    stream = ActivationStream(Numbers(10**6), plain(64))
-    next(stream.batches(10, 10))
-    del stream
-    wait_for(lambda: threads()["c2r reader"] == before)
+def test_closing_and_forgetting_a_stream_end_its_threads() -> None:
+    def ours() -> Counter[str]:
+        return Counter({name: count for name, count in threads().items() if name.startswith("c2r")})
+
+    before = ours()
+    for end in ("close", "forget"):
+        stream = ActivationStream(Numbers(10**6), plain(64))
+        batches = stream.batches(10, 10**6)
+        next(batches)
+        assert ours() - before == Counter({"c2r reader": 1, "c2r batches": 1})
+        if end == "close":
+            stream.close()
+            assert ours() == before
+        del stream, batches
+        wait_for(lambda: ours() == before)
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_whoever_stops_asking_goes_on_after_the_last_batch_that_was_served(close: bool) -> None:
+    """Though others were prepared, of the next window too."""
+    served = []
+    stream = ActivationStream(Numbers(1000), plain(64), seed=5)
+    for number in range(40):
+        for x in stream.batches(7, 10**6):
+            served.append(x[POINT][:, 0])
+            if number < 39:
+                if close:
+                    stream.close()
+                break
+    expected = ActivationStream(Numbers(1000), plain(64), seed=5).batches(7, 10**6)
+    assert torch.equal(torch.cat(served), torch.cat([x[POINT][:, 0] for x in expected]))
 
 
 def test_ctrl_c_reaches_a_consumer_that_waits() -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
+from typing import Generic, TypeVar
 
-from c2r.data.reader import Part
+Item = TypeVar("Item", bound=Sized)
 
 _POLL = 0.2
 """Seconds between looks at whether the other side still lives; a Ctrl-C waits no longer."""
 
 
-class Ahead:
+class Ahead(Generic[Item]):
     """Parts of an iterator that runs in a thread of its own.
 
     At most `tokens` tokens wait (one part where a part has more), beside the part that the thread is making.
@@ -20,19 +21,20 @@ class Ahead:
     Arguments:
         parts: makes the iterator; called in the thread.
         tokens: the bound.
+        name: of the thread.
     """
 
-    def __init__(self, parts: Callable[[], Iterator[Part]], tokens: int) -> None:
+    def __init__(self, parts: Callable[[], Iterator[Item]], tokens: int, name: str = "c2r reader") -> None:
         self._parts, self._bound = parts, tokens
-        self._waiting: deque[Part] = deque()
+        self._waiting: deque[Item] = deque()
         self._changed = threading.Condition()
         self._held, self._finished, self._stopped = 0, False, False
         self._error: BaseException | None = None
         # A daemon, so that a model that hangs cannot keep the process alive; `close` is what ends it in order.
-        self._thread = threading.Thread(target=self._run, name="c2r reader", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def take(self) -> Part | None:
+    def take(self) -> Item | None:
         """The next part; None when there is no more.
 
         Raises:

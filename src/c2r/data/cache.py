@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from c2r.config import HookPoint, RunConfig
-from c2r.data.buffers import Buffers
 from c2r.data.reader import Part
 
 FORMAT, MANIFEST, SHARDS, TOKENS = 1, "manifest.json", "shards.jsonl", "tokens"
@@ -34,7 +34,8 @@ _CHUNK, _PART_TOKENS = 2**20, 8192
 class CacheReader:
     """Parts of a cache in the order of the text; after the last shard, all again in an order of that round's own.
 
-    A shard is read whole and its checksums are compared before any of it is served; one or two are in memory.
+    A shard's files are mapped and their checksums are compared before any of it is served, which brings them into
+    memory; rows are then taken from the system's own copy of the file.
 
     Arguments:
         folder: the cache.
@@ -45,10 +46,6 @@ class CacheReader:
     def __init__(self, folder: Path, points: Sequence[HookPoint], *, seed: int = 0) -> None:
         self.folder, self.points, self.seed = folder, points, seed
         self.shards = read_shards(folder)
-        self._buffers = {
-            point: Buffers(max((shard["files"][point.name]["bytes"] for shard in self.shards), default=0))
-            for point in points
-        }
 
     def read(self, start: Any = None) -> Iterator[Part]:
         """See `Reader`.
@@ -66,7 +63,7 @@ class CacheReader:
     def _parts(self, number: int, place: int, begin: int) -> Iterator[Part]:
         shard = self.shards[self._order(number)[place]]
         tokens = load(self.folder, shard, TOKENS)
-        read = {point: load(self.folder, shard, point.name, self._buffers[point]) for point in self.points}
+        read = {point: load(self.folder, shard, point.name) for point in self.points}
         for first in range(begin, shard["tokens"], _PART_TOKENS):
             piece = slice(first, first + _PART_TOKENS)
             yield Part(
@@ -173,28 +170,32 @@ def read_shards(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def load(folder: Path, shard: dict[str, Any], name: str, buffers: Buffers | None = None) -> dict[str, Tensor]:
-    """The tensors of one file of a shard, its checksum compared while it is read; into one of `buffers` if given.
+def load(folder: Path, shard: dict[str, Any], name: str) -> dict[str, Tensor]:
+    """The tensors of one file of a shard, mapped into memory, its checksum compared.
 
     Raises:
         ValueError: the file is missing or damaged; says what to do.
     """
-    expected, path = shard["files"][name], folder / file_name(shard["number"], name)
+    path = folder / file_name(shard["number"], name)
     fault = size_fault(folder, shard, name)
     if fault is None:
-        array: Any = (buffers or Buffers(expected["bytes"])).take(expected["bytes"])
-        view, digest = memoryview(array), xxhash.xxh3_128()
-        with path.open("rb", buffering=0) as file:
-            for first in range(0, len(view), _CHUNK):
-                chunk = view[first : first + _CHUNK]
-                file.readinto(chunk)  # while it is in the processor's cache
-                digest.update(chunk)
-        if digest.hexdigest() == expected["xxh3_128"]:
-            return _tensors(torch.from_numpy(array))
+        with path.open("rb") as file:  # a private mapping, so that nobody who writes to a tensor changes the file
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if _digest(mapped) == shard["files"][name]["xxh3_128"]:
+            return _tensors(torch.frombuffer(mapped, dtype=torch.uint8))
         fault = "its checksum is not the one that it was written with"
     raise ValueError(
         f"cache.path: {path} is damaged: {fault}; delete it and run `c2r harvest` again, which makes just that one anew"
     )
+
+
+def _digest(data: mmap.mmap) -> str:
+    """Checksum of a file, by chunks, so that a Ctrl-C is not kept waiting for a disk."""
+    with memoryview(data) as view:
+        digest = xxhash.xxh3_128()
+        for first in range(0, len(view), _CHUNK):
+            digest.update(view[first : first + _CHUNK])
+        return digest.hexdigest()
 
 
 def size_fault(folder: Path, shard: dict[str, Any], name: str) -> str | None:
