@@ -66,10 +66,10 @@ def test_lagged_table_is_exact_first_and_again_after_a_cycle() -> None:
     generator = torch.Generator().manual_seed(0)
     before, after = (torch.randn(50, 6, generator=generator) for _ in range(2))
     table = NeighborTable("lagged", rows=7)
-    assert torch.equal(table.refresh(before), brute_force(before)[0])
+    assert torch.equal(table.refresh(before).index, brute_force(before)[0])
     stale, gained = [], []
     for _ in range(8):
-        stale.append(int((table.refresh(after) != brute_force(after)[0]).sum()))
+        stale.append(int((table.refresh(after).index != brute_force(after)[0]).sum()))
         gained.append((table.churn.item(), table.regret.item()))
     assert all(churn > 0.5 and regret > 0.1 for churn, regret in gained)
     table.refresh(after)
@@ -88,19 +88,19 @@ def test_the_shortlist_finds_the_nearest_before_its_row_is_renewed() -> None:
     moved = decoder + 0.3 * torch.randn(60, 8, generator=generator)
     index, cosine = brute_force(moved)
     unit = torch.nn.functional.normalize(moved.double(), dim=1)
-    short = [(unit * unit[table.refresh(moved)]).sum(1) for _ in range(10)]  # once through the shortlists
+    short = [(unit * unit[table.refresh(moved).index]).sum(1) for _ in range(10)]  # once through the shortlists
     found = short[-1]
     assert all((b >= a - 1e-6).all() for a, b in itertools.pairwise(short))
     assert (found > cosine - 1e-6).float().mean() > 0.9  # 10 rows were renewed by then
     stale = (unit * unit[brute_force(decoder)[0]]).sum(1)
     assert (stale > cosine - 1e-6).float().mean() < 0.7
     table.shortlist_MF = index.repeat(10, 1)
-    assert torch.equal(table.refresh(moved), index)
+    assert torch.equal(table.refresh(moved).index, index)
 
 
 def test_a_refresh_leaves_the_last_result_alone() -> None:
     table = NeighborTable("lagged", rows=8)
-    first = table.refresh(torch.randn(8, 3))
+    first = table.refresh(torch.randn(8, 3)).index
     kept = first.clone()
     table.refresh(torch.randn(8, 3))
     assert torch.equal(first, kept)
@@ -115,7 +115,19 @@ def test_a_restored_table_goes_on_the_same(mode: str) -> None:
     other = NeighborTable(mode, rows=8, chunk=8, seed=9)
     other.load_state_dict(table.state_dict())
     for decoder in decoders[3:]:
-        assert torch.equal(other.refresh(decoder), table.refresh(decoder))
+        for found, expected in zip(other.refresh(decoder), table.refresh(decoder), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["lagged", "exact", "chunked"])
+def test_cosines_are_those_of_the_decoder_as_it_is(mode: str) -> None:
+    table = NeighborTable(mode, rows=4, shortlist=5, chunk=7)
+    for decoder in torch.randn(5, 30, 6, generator=torch.Generator().manual_seed(2)):
+        decoder[3] = 0
+        index, cosine = table.refresh(decoder)
+        expected = torch.nn.functional.cosine_similarity(decoder, decoder[index], dim=1)
+        expected[index == torch.arange(30)] = 0
+        torch.testing.assert_close(cosine, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from c2r.codes import from_dense
+from c2r.codes import from_dense, norms
 from c2r.neighbors import nearest_neighbors
-from c2r.penalty import consistency_penalty, lambda_of_strength, pair_cosines, strength_of_lambda
+from c2r.penalty import consistency_penalty, lambda_of_strength, pair_cosines, penalty_from_norms, strength_of_lambda
 
 
 def brute_force(acts: Tensor, decoder: Tensor, alpha: float, margin: float = 0.0) -> float:
@@ -110,7 +110,7 @@ def test_neighbours_may_be_int32_and_strided() -> None:
     acts, decoder = example(1)
     index = nearest_neighbors(decoder).index
     strided = torch.stack([index, index], 1).int()[:, 0]
-    assert consistency_penalty(acts, decoder, neighbors=strided) == consistency_penalty(acts, decoder)
+    assert consistency_penalty(acts, decoder, neighbors=strided) == consistency_penalty(acts, decoder, neighbors=index)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 6.0), (torch.float16, 2e-4), (torch.bfloat16, 3.0)])
@@ -135,6 +135,21 @@ def test_low_rank_of_the_gradient_reaches_both_partners() -> None:
     assert decoder.grad[0].abs().sum() > 0
     assert decoder.grad[1].abs().sum() > 0
     assert decoder.grad[2].abs().sum() == 0
+
+
+def test_cosines_that_are_known_change_neither_value_nor_gradient() -> None:
+    acts, decoder = example(4)
+    near = nearest_neighbors(decoder)
+    found = []
+    for known in (None, near.cosine):
+        weight = decoder.clone().requires_grad_()
+        loss = penalty_from_norms(norms(acts), weight, near.index, known)
+        loss.backward()
+        assert weight.grad is not None
+        assert weight.grad.abs().sum() > 0
+        found.append((loss.detach(), weight.grad))
+    for computed, taken in zip(*found, strict=True):
+        torch.testing.assert_close(taken, computed, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from c2r import tiles
+from c2r.neighbors import inverse_norms
 from c2r.tiles import entries_above, nearest_in_tiles, nearest_of_slice, quick_dtype
 
 
@@ -65,14 +66,16 @@ def test_the_nearest_of_a_slice_of_rows_of_any_norm(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(300, 16, generator=generator)
     index, cosine = nearest(rows)
-    found, near = nearest_of_slice(torch.nn.functional.normalize(rows, dim=1), 40, 90, dtype, 8)
+    unit_rows = torch.nn.functional.normalize(rows, dim=1)
+    found, near = nearest_of_slice(unit_rows, inverse_norms(unit_rows), 40, 90, dtype, 8)
     assert torch.equal(found.index, index[40:90])
     unit = torch.nn.functional.normalize(rows.double(), dim=1)
     eighth = (unit @ unit.T).fill_diagonal_(-2)[40:90].topk(8, dim=1).values[:, -1:]
     assert ((unit[40:90, None] * unit[near]).sum(2) > eighth - (0.02 if dtype == torch.bfloat16 else 1e-6)).all()
     assert all(len(set(line)) == 8 for line in near.tolist())
     torch.testing.assert_close(found.cosine.double(), cosine[40:90], rtol=0, atol=1e-6)
-    scaled, _ = nearest_of_slice(rows * torch.rand(300, 1, generator=generator).add(0.1), 40, 90, dtype, 8)
+    other_norms = rows * torch.rand(300, 1, generator=generator).add(0.1)
+    scaled, _ = nearest_of_slice(other_norms, inverse_norms(other_norms), 40, 90, dtype, 8)
     torch.testing.assert_close(scaled.cosine.double(), cosine[40:90], rtol=0, atol=0.01)
 
 

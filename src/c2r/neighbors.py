@@ -110,41 +110,45 @@ class NeighborTable:
         """Of the rows "lagged" renewed last: the share whose neighbour changed, and the mean cosine gained by it."""
 
     @torch.no_grad()
-    def refresh(self, decoder_FD: Tensor) -> Tensor:
-        """Neighbours `[F]` for the decoder as it is now."""
-        if self.mode == "chunked":
-            return nearest_neighbors(decoder_FD, mode="chunked", chunk=self.chunk, generator=self.generator).index
-        if self.mode == "exact" or self.index_F is None or self.shortlist_MF is None:
-            check_decoder(decoder_FD)
-            self.index_F = nearest_in_tiles(unit_rows(decoder_FD)).index
+    def refresh(self, decoder_FD: Tensor) -> Neighbors:
+        """Neighbours for the decoder as it is now, with their cosines in it."""
+        if self.mode != "lagged":
+            return nearest_neighbors(decoder_FD, mode=self.mode, chunk=self.chunk, generator=self.generator)
+        if self.index_F is None or self.shortlist_MF is None:
+            found = nearest_neighbors(decoder_FD)
+            self.index_F = found.index
             self.shortlist_MF = self.index_F.repeat(min(self.shortlist, len(decoder_FD) - 1), 1)
-            return self.index_F
+            return found
+        rows_FD = at_least_fp32(decoder_FD)
+        inverse_F = inverse_norms(rows_FD)
         # A new tensor each time: the last one may still be part of an autograd graph.
         self.index_F = self.index_F.clone()
-        self._renew(decoder_FD, self.index_F, self.shortlist_MF)
-        self._look_at_one_more(decoder_FD, self.index_F, self.shortlist_MF)
-        return self.index_F
+        self._renew(rows_FD, inverse_F, self.index_F, self.shortlist_MF)
+        return Neighbors(self.index_F, self._look_at_one_more(rows_FD, inverse_F, self.index_F, self.shortlist_MF))
 
-    def _renew(self, decoder_FD: Tensor, index_F: Tensor, shortlist_MF: Tensor) -> None:
+    def _renew(self, rows_FD: Tensor, inverse_F: Tensor, index_F: Tensor, shortlist_MF: Tensor) -> None:
         """Search the next rows' neighbours and shortlists anew."""
-        rows = slice(self.cursor, min(self.cursor + self.rows, len(decoder_FD)))
-        found, near_RM = nearest_of_slice(decoder_FD, rows.start, rows.stop, self.dtype, self.shortlist)
-        stale_RD, rows_RD = unit_rows(decoder_FD[index_F[rows]]), unit_rows(decoder_FD[rows])
+        rows = slice(self.cursor, min(self.cursor + self.rows, len(rows_FD)))
+        found, near_RM = nearest_of_slice(rows_FD, inverse_F, rows.start, rows.stop, self.dtype, self.shortlist)
+        stale_RD, rows_RD = unit_rows(rows_FD[index_F[rows]]), unit_rows(rows_FD[rows])
         self.churn = (found.index != index_F[rows]).float().mean()
         self.regret = (found.cosine - (rows_RD * stale_RD).sum(1)).clamp(min=0).mean()
         index_F[rows], shortlist_MF[:, rows] = found.index, near_RM.T
-        self.cursor = rows.stop % len(decoder_FD)
+        self.cursor = rows.stop % len(rows_FD)
 
-    def _look_at_one_more(self, decoder_FD: Tensor, index_F: Tensor, shortlist_MF: Tensor) -> None:
-        """Let every latent's neighbour and the next of its shortlist change places if that one is nearer."""
-        rows_FD, own_F = at_least_fp32(decoder_FD), torch.arange(len(index_F), device=index_F.device)
-        other_F, inverse_F = shortlist_MF[self.turn], rows_FD.norm(dim=1).clamp(min=1e-12).reciprocal()
+    def _look_at_one_more(self, rows_FD: Tensor, inverse_F: Tensor, index_F: Tensor, shortlist_MF: Tensor) -> Tensor:
+        """Let every latent's neighbour and the next of its shortlist change places if that one is nearer.
+
+        Returns the winners' cosines.
+        """
+        own_F, other_F = torch.arange(len(index_F), device=index_F.device), shortlist_MF[self.turn]
         now_F, then_F = (row_dots(rows_FD, own_F, rows_FD, j_F) * inverse_F[j_F] for j_F in (index_F, other_F))
         nearer_F = then_F > now_F
         winner_F, loser_F = torch.where(nearer_F, other_F, index_F), torch.where(nearer_F, index_F, other_F)
         index_F.copy_(winner_F)
         shortlist_MF[self.turn] = loser_F
         self.turn = (self.turn + 1) % len(shortlist_MF)
+        return torch.maximum(now_F, then_F) * inverse_F
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if never stopped."""
@@ -176,6 +180,11 @@ def check_decoder(decoder: Tensor) -> None:
         )
     if decoder.shape[0] < 2:
         raise ValueError(f"decoder: expected [F, D] with F ≥ 2 latents, got {list(decoder.shape)}: no pair to compare")
+
+
+def inverse_norms(rows_FD: Tensor) -> Tensor:
+    """1/‖d_i‖ `[F]`; large, not infinite, for a zero row, whose products with it are 0."""
+    return rows_FD.norm(dim=1).clamp(min=1e-12).reciprocal()
 
 
 def unit_rows(decoder_FD: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from c2r.codes import Codes, at_least_fp32, gather_sum, norms, row_dots, row_starts
-from c2r.neighbors import check_decoder, nearest_neighbors
+from c2r.neighbors import check_decoder, inverse_norms, nearest_neighbors
 
 
 def consistency_penalty(
@@ -63,42 +63,53 @@ def consistency_penalty(
         raise ValueError(f"alpha: got {alpha}; accepted are numbers ≥ 0")
     if not 0 <= margin < 1:
         raise ValueError(f"margin: got {margin}; accepted are numbers in [0, 1)")
+    cosine_F = None
     if neighbors is None:
-        neighbors = nearest_neighbors(decoder).index
+        neighbors, cosine_F = nearest_neighbors(decoder)
     elif neighbors.shape != (width,) or neighbors.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"neighbors: expected integers [{width}], got {neighbors.dtype} {list(neighbors.shape)}")
-    return penalty_from_norms(norms(acts), decoder, neighbors.long(), alpha=alpha, margin=margin)
+    return penalty_from_norms(norms(acts), decoder, neighbors.long(), cosine_F, alpha=alpha, margin=margin)
 
 
 def penalty_from_norms(
-    norms_F: Tensor, decoder_FD: Tensor, neighbors_F: Tensor, *, alpha: float = 1.0, margin: float = 0.0
+    norms_F: Tensor,
+    decoder_FD: Tensor,
+    neighbors_F: Tensor,
+    cosine_F: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    margin: float = 0.0,
 ) -> Tensor:
     """L of the module's head, given the batch norms ‖f_i‖₂ of the latents: all it needs of the activations."""
-    excess_F = F.relu(pair_cosines(decoder_FD, neighbors_F) - margin)
+    excess_F = F.relu(pair_cosines(decoder_FD, neighbors_F, cosine_F) - margin)
     return (excess_F.square() * pair_weights(norms_F, neighbors_F, alpha)).mean()
 
 
-def pair_cosines(decoder_FD: Tensor, neighbors_F: Tensor) -> Tensor:
-    """cos(d_i, d_j*) of each latent and its neighbour `[F]`; 0 for a zero row and for a latent without neighbour."""
-    cosine_F: Any = _PairCosines.apply(decoder_FD, neighbors_F)
+def pair_cosines(decoder_FD: Tensor, neighbors_F: Tensor, cosine_F: Tensor | None = None) -> Tensor:
+    """cos(d_i, d_j*) of each latent and its neighbour `[F]`; 0 for a zero row and for a latent without neighbour.
+
+    `cosine_F` has the cosines where the search for neighbours has computed them, for the decoder as it is now.
+    """
+    of_pair_F: Any = _PairCosines.apply(decoder_FD, neighbors_F, cosine_F)
     alone_F = neighbors_F == torch.arange(len(neighbors_F), device=neighbors_F.device)
-    return cosine_F.masked_fill(alone_F, 0.0)
+    return of_pair_F.masked_fill(alone_F, 0.0)
 
 
 class _PairCosines(torch.autograd.Function):
     """F dot products, and their gradient as one weighted sum of decoder rows: no F×D tensor besides that gradient."""
 
     @staticmethod
-    def forward(ctx: Any, decoder_FD: Tensor, neighbors_F: Tensor) -> Tensor:
+    def forward(ctx: Any, decoder_FD: Tensor, neighbors_F: Tensor, cosine_F: Tensor | None) -> Tensor:
         rows_FD = at_least_fp32(decoder_FD)
-        inverse_F = rows_FD.norm(dim=1).clamp(min=1e-12).reciprocal()
-        own_F = torch.arange(len(rows_FD), device=rows_FD.device)
-        cosine_F = row_dots(rows_FD, own_F, rows_FD, neighbors_F) * inverse_F * inverse_F[neighbors_F]
+        inverse_F = inverse_norms(rows_FD)
+        if cosine_F is None:
+            own_F = torch.arange(len(rows_FD), device=rows_FD.device)
+            cosine_F = row_dots(rows_FD, own_F, rows_FD, neighbors_F) * inverse_F * inverse_F[neighbors_F]
         ctx.save_for_backward(decoder_FD, neighbors_F, inverse_F, cosine_F)
-        return cosine_F
+        return cosine_F.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         decoder_FD, neighbors_F, inverse_F, cosine_F = ctx.saved_tensors
         # ∂cos/∂d_i = (d_j/‖d_j‖ − cos·d_i/‖d_i‖) / ‖d_i‖, and the same for j; pairs without gradient are left out.
         pairs_P = grads[0].nonzero().squeeze(1)
@@ -111,7 +122,7 @@ class _PairCosines(torch.autograd.Function):
         source = torch.cat([near_P, pairs_P, of_itself_F])[order]
         weight = torch.cat([across_P, across_P, -own_F * inverse_F.square()])[order]
         grad_FD = gather_sum(at_least_fp32(decoder_FD), source, row_starts(row, len(cosine_F)), weight)
-        return grad_FD.to(decoder_FD.dtype), None
+        return grad_FD.to(decoder_FD.dtype), None, None
 
 
 def lambda_of_strength(strength: float, *, batch: int, width: int, alpha: float = 1.0) -> float:

@@ -112,7 +112,7 @@ def _aux_k(run: Run[Any], forward: Forward) -> Tensor:
 
 
 def _orthogonality(run: Run[Any], forward: Forward) -> Tensor:
-    return run.config.orthogonality * terms.orthogonality(run.sae.W_dec, run.neighbors())
+    return run.config.orthogonality * terms.orthogonality(run.sae.W_dec, *run.neighbors())
 
 
 def _l1(run: Run[Any], forward: Forward) -> Tensor:

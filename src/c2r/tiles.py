@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from c2r.codes import at_least_fp32, row_dots
+from c2r.codes import row_dots
 
 TILE = 2048
 _GROUP = 32
@@ -81,13 +81,15 @@ def nearest_in_tiles(unit_FD: Tensor, dtype: torch.dtype | None = None) -> Neare
     return contest.settle()
 
 
-def nearest_of_slice(rows_FD: Tensor, start: int, stop: int, dtype: torch.dtype, most: int) -> tuple[Nearest, Tensor]:
-    """The nearest other row of rows `start` to `stop`, and the indices of the `most` nearest `[R, most]`; of any norm.
+def nearest_of_slice(
+    rows_FD: Tensor, inverse_F: Tensor, start: int, stop: int, dtype: torch.dtype, most: int
+) -> tuple[Nearest, Tensor]:
+    """The nearest other row of rows `start` to `stop`, and the indices of the `most` nearest `[R, most]`.
 
-    Those are found by a product in `dtype`, and the nearest among them in full precision.
+    Rows are of any norm, whose inverses `inverse_F` are. Those are found by a product in `dtype`, and the nearest among
+    them in full precision: it is the nearest of all unless more than `most` rows are within rounding of it.
     """
-    rows_FD = at_least_fp32(rows_FD)
-    low_FD, inverse_F = rows_FD.to(dtype), rows_FD.norm(dim=1).clamp(min=1e-12).reciprocal()
+    low_FD = rows_FD.to(dtype)
     # A row's own norm does not change who is nearest to it; the others' are divided out after the product.
     # All rows times few is twice as fast on a CPU as few times all.
     tile_FR = (low_FD @ low_FD[start:stop].T).mul_(inverse_F.to(dtype)[:, None])

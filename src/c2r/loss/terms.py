@@ -117,6 +117,6 @@ def gate_reconstruction(forward: Forward) -> Tensor:
     return (forward.x_BD - x_hat_BD).square().sum(1).mean()
 
 
-def orthogonality(W_dec_FD: Tensor, neighbors_F: Tensor) -> Tensor:
+def orthogonality(W_dec_FD: Tensor, neighbors_F: Tensor, cosine_F: Tensor | None = None) -> Tensor:
     """Mean over latents of relu(max cos)² (OrtSAE, Korznikov et al. 2025, arXiv 2509.22033)."""
-    return F.relu(pair_cosines(W_dec_FD, neighbors_F)).square().mean()
+    return F.relu(pair_cosines(W_dec_FD, neighbors_F, cosine_F)).square().mean()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from c2r.codes import Acts, norms
 from c2r.methods import ConsistencyConfig
-from c2r.neighbors import random_floor
+from c2r.neighbors import Neighbors, random_floor
 from c2r.penalty import lambda_of_strength, pair_weights, penalty_from_norms
 from c2r.sae.base import SAE
 from c2r.train.optim import ramp
@@ -37,14 +37,12 @@ class Consistency:
             lam = lambda_of_strength(c.strength or 0.0, batch=batch, width=width, alpha=c.alpha)
         return lam * c.every * ramp(step - c.start, c.warmup_steps)
 
-    def term(self, acts: Acts, W_dec_FD: Tensor, neighbors_F: Tensor, batch: int, step: int) -> Tensor:
+    def term(self, acts: Acts, W_dec_FD: Tensor, near: Neighbors, batch: int, step: int) -> Tensor:
         """λ·C²R of these activations."""
         norms_F = norms(acts)
         lam = self.lam(batch, len(norms_F), step)
         if self.config.ablation == "unit_cosine":
-            return lam * pair_weights(norms_F, neighbors_F, self.config.alpha).mean()
+            return lam * pair_weights(norms_F, near.index, self.config.alpha).mean()
         if self.config.ablation == "shuffled_norms":
             norms_F = norms_F[torch.randperm(len(norms_F), generator=self.generator).to(norms_F.device)]
-        return lam * penalty_from_norms(
-            norms_F, W_dec_FD, neighbors_F, alpha=self.config.alpha, margin=float(self.margin)
-        )
+        return lam * penalty_from_norms(norms_F, W_dec_FD, *near, alpha=self.config.alpha, margin=float(self.margin))

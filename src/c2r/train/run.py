@@ -15,7 +15,7 @@ from c2r.codes import Acts, Codes, Support, encode_at, fired, l0
 from c2r.config import TrainConfig
 from c2r.loss.terms import Encoded, Forward, lp
 from c2r.methods import MatryoshkaConfig, SAEConfig, TopKConfig, group_ends
-from c2r.neighbors import NeighborTable, renewed_rows
+from c2r.neighbors import Neighbors, NeighborTable, renewed_rows
 from c2r.recipes import RECIPES
 from c2r.sae.base import SAE, Extra
 from c2r.sae.topk import BatchTopK
@@ -91,7 +91,7 @@ class Run(Generic[Config]):
         self.share = 1.0
         """Of the last step's activations, how many fired."""
         self.step_number = 0
-        self._neighbors: tuple[int, Tensor] | None = None
+        self._neighbors: tuple[int, Neighbors] | None = None
 
     def _random_sae(self, d_in: int) -> SAE:
         rows_FD = random_unit_rows(self.config.width, d_in, self.seed) * self.recipe.initial_norm
@@ -183,8 +183,8 @@ class Run(Generic[Config]):
             return self.sae.W_dec.new_zeros(())
         return self.consistency.term(encoded.penalised, self.sae.W_dec, self.neighbors(), batch, self.step_number)
 
-    def neighbors(self) -> Tensor:
-        """Nearest neighbours `[F]`, searched at most once a step."""
+    def neighbors(self) -> Neighbors:
+        """Nearest neighbours, searched at most once a step."""
         if self._neighbors is None or self._neighbors[0] != self.step_number:
             self._neighbors = (self.step_number, self.table.refresh(self.sae.W_dec))
         return self._neighbors[1]
