@@ -14,13 +14,15 @@ from c2r.tiles import entries_above, nearest_in_tiles, nearest_of_slice, quick_d
 @settings(deadline=None, max_examples=60)
 @given(
     st.integers(1, 90), st.integers(1, 150), st.floats(-2, 2), st.sampled_from([0, 1]), st.booleans(), st.booleans(),
-    st.integers(0, 10**6),
+    st.booleans(), st.integers(0, 10**6),
 )  # fmt: skip
 def test_entries_above_a_floor_are_all_found(
-    rows: int, columns: int, floor: float, dim: int, by_line: bool, low: bool, seed: int
+    rows: int, columns: int, floor: float, dim: int, by_line: bool, low: bool, turned: bool, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(rows, columns, generator=generator).to(torch.bfloat16 if low else torch.float32)
+    if turned:
+        matrix = matrix.T.contiguous().T
     floors = floor + torch.randn(matrix.shape[1 - dim], generator=generator) if by_line else torch.tensor(floor)
     found = entries_above(matrix, floors if by_line else floor, dim)
     expected = (matrix.float() > (floors.unsqueeze(dim) if by_line else floors)).nonzero().tolist()

@@ -35,8 +35,12 @@ class Entries(NamedTuple):
 def entries_above(matrix_RC: Tensor, floor: float | Tensor, dim: int = 1) -> Entries:
     """The entries above `floor`, which may differ by row (`[R]`, dim 1) or by column (`[C]`, dim 0).
 
-    The matrix is read once, for the maxima of strided groups along `dim`; few groups are looked into.
+    The matrix is read once, for the maxima of strided groups along `dim`; few groups are looked into. It may be the
+    transpose of one that is contiguous.
     """
+    if matrix_RC.stride(0) < matrix_RC.stride(1):
+        values, columns, rows = entries_above(matrix_RC.T, floor, 1 - dim)
+        return Entries(values, rows, columns)
     groups = matrix_RC.shape[dim] // _GROUP
     covered = groups * _GROUP
     floor = torch.as_tensor(floor, dtype=torch.float32, device=matrix_RC.device).reshape(-1)
