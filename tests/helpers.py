@@ -75,13 +75,15 @@ def run_config(output: Path, language_model: Path | str, corpus: Path, **changes
         "output": str(output),
         "model": {"name": str(language_model), "layer": 1},
         "data": {"source": "files", "path": str(corpus), "context": 16},
-        "stream": {"buffer_tokens": 512, "rows": 8, "max_norm_multiple": None},
+        "stream": {"buffer_tokens": 512, "rows": 8, "max_norm_multiple": None, "text_tokens": 1024},
         "train": {"tokens": 2560, "batch": 128, "lr": 1e-3, "precision": "float32", "device": "cpu"},
         "saes": [
             {"name": "baseline", "width": 32, "k": 4},
             {"name": "c2r", "width": 32, "k": 4, "c2r": {"strength": 0.9}},
         ],
     }
+    if "stream" in changes:
+        changes["stream"] = {"text_tokens": 1024} | changes["stream"]
     return parse_config(raw | changes, "test")
 
 

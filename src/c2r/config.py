@@ -67,6 +67,8 @@ class StreamConfig(Frozen):
     """Activations of a window; the text is cut into windows and each is shuffled. One is held in memory."""
     ahead_tokens: Positive | None = None
     """Activations that the language model may be ahead of the window; null: as many as a window has."""
+    text_tokens: Annotated[int, Field(ge=0)] = 1_048_576
+    """Tokens of a window of text, whose rows are shuffled before the model reads them; 0 leaves them in order."""
     max_norm_multiple: Annotated[float, Field(gt=1)] | None = 10.0
     """Tokens whose norm exceeds this many median norms are dropped; null keeps all."""
     rows: Positive = 32

@@ -109,7 +109,7 @@ def origin_of(config: RunConfig) -> dict[str, Any]:
         "model": {"name": model.name, "revision": model.revision, "dtype": model.dtype},
         "data": config.data.model_dump(mode="json", exclude={"workers"}),
         "seed": config.seed,
-        "stream": {"rows": config.stream.rows},
+        "stream": {"rows": config.stream.rows, "text_tokens": config.stream.text_tokens},
         "cache": {"dtype": dtype or ("bfloat16" if model.dtype == "bfloat16" else "float32")},
     }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from c2r.config import DataConfig, HookPoint, RunConfig, StreamConfig
 from c2r.data.harvest import LanguageModel
+from c2r.data.shuffle import shuffled_rows
 from c2r.data.tokens import Rows, packed_rows
 
 CALIBRATION_TOKENS = 65_536
@@ -109,7 +110,7 @@ class LiveReader:
 
 
 def live_reader(config: RunConfig, lm: LanguageModel, dtype: torch.dtype | None = None) -> LiveReader:
-    """The reader of a configuration; text is read as often as is asked for, each pass in another order.
+    """The reader of a configuration; text is read as often as is asked for, each pass in another order, rows shuffled.
 
     Raises:
         ValueError: a hook point that the model does not have, or rows longer than it can read; names the field.
@@ -124,8 +125,12 @@ def live_reader(config: RunConfig, lm: LanguageModel, dtype: torch.dtype | None 
     positions = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and data.context > positions:
         raise ValueError(f"data.context: got {data.context}; {config.model.name} reads at most {positions} tokens")
-    settings: dict[str, Any] = {"seed": config.seed, "rows": config.stream.rows, "epochs": None}
-    return LiveReader(lm, config.points, lambda start: packed_rows(data, lm.tokenizer, **settings, start=start), dtype)
+    settings: dict[str, Any] = {"seed": config.seed, "rows": config.stream.rows}
+
+    def in_order(start: Any) -> Iterator[Rows]:
+        return packed_rows(data, lm.tokenizer, **settings, epochs=None, start=start)
+
+    return LiveReader(lm, config.points, shuffled_rows(in_order, config.stream.text_tokens, **settings), dtype)
 
 
 def _check_finite(part: Part) -> None:
