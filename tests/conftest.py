@@ -1,7 +1,9 @@
 """Offline, one thread (threads fight on small machines), shapes of public functions checked as they run."""
 
+import gc
 import os
 import shutil
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -84,3 +86,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from helpers import write_corpus
 
     return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a shell's background jobs are told to ignore it.
+
+    Nor may it arrive while the garbage collector runs: hypothesis has a callback there, in which it would be swallowed.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.disable()
+    yield
+    gc.enable()
+    signal.signal(signal.SIGINT, before)

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -225,14 +224,6 @@ def test_an_sae_without_windows_leaves_the_other(tmp_path: Path) -> None:
         dead, good = run_autointerp(bench_at(stub.url, tmp_path), {"dead": word_sae(-9.0), "good": word_sae()})
     assert "no latent has windows enough to be judged; none fires" in (dead.error or "")
     assert good.summary["autointerp"] == 1.0
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Ctrl-C as in a terminal: a shell's background jobs are told to ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")

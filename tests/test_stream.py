@@ -260,6 +260,7 @@ def test_whoever_stops_asking_goes_on_after_the_last_batch_that_was_served(close
     assert torch.equal(torch.cat(served), torch.cat([x[POINT][:, 0] for x in expected]))
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_reaches_a_consumer_that_waits() -> None:
     class Slow(Numbers):
         def read(self, start: Any = None) -> Iterator[Part]:
@@ -268,9 +269,7 @@ def test_ctrl_c_reaches_a_consumer_that_waits() -> None:
                 time.sleep(3)
                 yield part
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs do without
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         next(ActivationStream(Slow(100), plain(64)).batches(10, 10))
-    signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 2
