@@ -5,13 +5,15 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from c2r import demo
 from c2r.config import RunConfig, load_config
 from c2r.data.features import known_features
 from c2r.demo import run_demo
 from c2r.presets import SyntheticConfig
-from helpers import run_config
+from c2r.train.trainer import train
+from helpers import known_run, run_config
 
 FIGURES = {"ev", "known_absorption", "hole", "latents_per_parent", "mcc"}
 
@@ -54,6 +56,27 @@ def test_both_panels(
     run_demo(out)
     assert (out / "known_features.json").stat().st_mtime_ns > first_time
     assert json.loads((out / "known_features.json").read_text()) == known
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_stopped_demo_is_gone_on_with_and_a_finished_one_made_anew(
+    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = known_run(tmp_path / "demo")
+    train(config)
+    if stopped:
+        (tmp_path / "demo" / "c2r" / "cfg.json").unlink()
+    asked: list[bool] = []
+
+    def asking(config: RunConfig, *, overwrite: bool, console: Console) -> None:
+        asked.append(overwrite)
+        raise InterruptedError
+
+    monkeypatch.setattr(demo, "_asset", lambda name, out: known_run(out))
+    monkeypatch.setattr(demo, "train", asking)
+    with pytest.raises(InterruptedError):
+        run_demo(tmp_path / "demo")
+    assert asked == [not stopped]
 
 
 def test_the_second_panel_has_as_many_latents_as_features_and_their_l0() -> None:

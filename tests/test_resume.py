@@ -196,7 +196,9 @@ def test_what_kills_leave_behind_is_nobodys(tmp_path: Path) -> None:
         (folder / name).mkdir(parents=True)
         (folder / name / "tensors.safetensors").write_text("half")
     (folder / ".run.yaml.0123abcd.partial").write_text("half")
-    with pytest.raises(ValueError, match="holds remains of a run; give another folder, or --overwrite"):
+    with pytest.raises(
+        ValueError, match="holds remains of a run; give another folder, delete this one, or `c2r train --over"
+    ):
         train(known_run(folder))  # checkpoints without a run.yaml: killed while an earlier run was being overwritten
     train(known_run(folder), overwrite=True)
     assert {path.name for path in folder.iterdir()} == {"run.yaml", "metrics.jsonl", "baseline", "c2r"}

@@ -13,7 +13,7 @@ from c2r.eval.results import write_json
 from c2r.eval.suite import evaluate
 from c2r.report.html import write_report
 from c2r.report.table import print_results, summary
-from c2r.train.output import METRICS_FILE, RUN_FILE
+from c2r.train.output import METRICS_FILE, RUN_FILE, finished
 from c2r.train.trainer import train
 
 EVALUATION_TOKENS = 40_000
@@ -25,7 +25,7 @@ def run_demo(out: Path) -> None:
     began = time.monotonic()
     console = Console()
     config = _asset("demo.yaml", out)
-    folders = train(config, overwrite=_is_a_demo(out, config), console=console)
+    folders = train(config, overwrite=_is_a_demo(out, config) and finished(config), console=console)
     results = evaluate(
         list(folders.values()), out / "evaluations", suites=SUITES, tokens=EVALUATION_TOKENS, console=console
     )
@@ -61,7 +61,7 @@ def _asset(name: str, out: Path) -> RunConfig:
 
 
 def _is_a_demo(out: Path, config: RunConfig) -> bool:
-    """Whether `out` holds this very demo, which may be made anew; anything else is the user's."""
+    """Whether `out` holds this very demo, which is gone on with, or made anew; anything else is the user's."""
     try:
         return load_config(out / RUN_FILE).model_copy(update={"output": out}) == config
     except ValueError:

@@ -71,7 +71,9 @@ def check_output(config: RunConfig, *, overwrite: bool) -> None:
     if overwrite or not any(output.iterdir()):
         return
     if not (output / RUN_FILE).is_file():
-        raise ValueError(f"output: {output} holds remains of a run; give another folder, or --overwrite to replace it")
+        raise ValueError(
+            f"output: {output} holds remains of a run; give another folder, delete this one, or `c2r train --overwrite`"
+        )
     check_same(yaml.safe_load((output / RUN_FILE).read_text(encoding="utf-8")), config)
 
 
