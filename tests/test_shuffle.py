@@ -13,10 +13,13 @@ from c2r.data.tokens import Rows
 
 
 class Numbered:
-    """Rows whose tokens are all the row's number, but for a last that is not real; batches of differing sizes."""
+    """Rows whose tokens are all the row's number, but for a last that is not real; batches of differing sizes.
 
-    def __init__(self, rows: int, breaks_at: int | None = None) -> None:
-        self.rows, self.breaks_at = rows, breaks_at
+    A pass has `of_a_pass` rows; a batch ends there.
+    """
+
+    def __init__(self, rows: int, breaks_at: int | None = None, of_a_pass: int = 10**6) -> None:
+        self.rows, self.breaks_at, self.of_a_pass = rows, breaks_at, of_a_pass
         self.read_from: list[int] = []
 
     def __call__(self, start: Any) -> Iterator[Rows]:
@@ -25,10 +28,10 @@ class Numbered:
         while first < self.rows:
             if self.breaks_at is not None and first >= self.breaks_at:
                 raise ConnectionError("the line is dead")
-            size = min(3 + first % 3, self.rows - first)
+            size = min(3 + first % 3, self.rows - first, self.of_a_pass - first % self.of_a_pass)
             ids = torch.arange(first, first + size)[:, None].expand(size, 5)
             real = torch.arange(5).expand(size, 5) < 4
-            yield Rows(ids, real, {"row": first})
+            yield Rows(ids, real, {"row": first, "parts": [[first // self.of_a_pass, None, True]]})
             first += size
 
 
@@ -60,6 +63,13 @@ def test_windows_are_consecutive_and_have_orders_of_their_own() -> None:
     assert all(100 <= len(window) < 105 for window in windows[:-1])
     orders = [[number - min(window) for number in window][:20] for window in windows]
     assert all(one != other for one, other in itertools.pairwise(orders))
+
+
+@pytest.mark.parametrize("tokens", [100, 10**6])
+def test_every_row_comes_once_before_any_comes_again(tokens: int) -> None:
+    found = served(shuffled_rows(Numbered(200, of_a_pass=43), tokens, rows=4)(None))
+    for first in range(0, 200, 43):
+        assert sorted(found[first : first + 43]) == list(range(first, min(first + 43, 200)))
 
 
 @pytest.mark.parametrize("rows", [4, 9])

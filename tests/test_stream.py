@@ -1,5 +1,6 @@
 """The stream: nothing lost or repeated, filtered for all hooks alike, resumed bit for bit, and its thread."""
 
+import itertools
 import json
 import signal
 import threading
@@ -242,6 +243,78 @@ def test_closing_and_forgetting_a_stream_end_its_threads() -> None:
             assert ours() == before
         del stream, batches
         wait_for(lambda: ours() == before)
+
+
+def test_no_two_threads_read_at_once_and_close_waits_for_the_last() -> None:
+    """Also after a consumer that went away while the reader was at work."""
+
+    class Slow(Numbers):
+        inside = most = 0
+
+        def read(self, start: Any = None) -> Iterator[Part]:
+            for part in super().read(start):
+                self.inside += 1
+                self.most = max(self.most, self.inside)
+                time.sleep(0.05)
+                self.inside -= 1
+                yield part
+
+    reader = Slow(10**6)
+    before = threads()["c2r reader"]
+    stream = ActivationStream(reader, plain(64))
+    for _ in range(3):
+        for _ in stream.batches(10, 10**6):
+            break
+    stream.close()
+    assert threads()["c2r reader"] == before
+    assert reader.most == 1
+
+
+def test_a_second_consumer_ends_the_first_and_loses_nothing() -> None:
+    stream = ActivationStream(Numbers(1000), plain(64), seed=5)
+    first = stream.batches(10, 10**6)
+    served = [next(first)]
+    second = stream.batches(10, 10**6)
+    served.append(next(second))
+    with pytest.raises(RuntimeError, match="asked for batches by another"):
+        next(first)
+    served.extend(second)
+    expected = list(ActivationStream(Numbers(1000), plain(64), seed=5).batches(10, 10**6))
+    assert all(torch.equal(x[POINT], y[POINT]) for x, y in zip(served, expected, strict=True))
+
+
+def test_a_batch_that_could_not_be_delivered_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = ActivationStream(Numbers(200), plain(64))
+    batches = stream.batches(10, 10**6)
+    served = [x[POINT] for x in itertools.islice(batches, 3)]
+
+    def failing(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stream, "_scaled", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            next(batches)
+    served += [x[POINT] for x in stream.batches(10, 10**6)]
+    tokens = (torch.cat(served)[:, 0] * stream.scale[POINT]).round().long()
+    assert sorted(tokens.tolist()) == list(range(200))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rows_are_scaled_to_fp32_whatever_their_precision(dtype: torch.dtype) -> None:
+    x = torch.randn(700, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ids = torch.arange(700, dtype=torch.int32)
+    part = Part({POINT: x}, {POINT: x.float().norm(dim=1)}, ids, torch.zeros(700, 2, dtype=torch.int32), None)
+
+    class One:
+        def read(self, start: Any = None) -> Iterator[Part]:
+            yield part
+
+    stream = ActivationStream(One(), plain(1000), seed=1)
+    (found,) = (batch[POINT] for batch in stream.batches(1000, 1000))
+    assert found.dtype == torch.float32
+    expected = x.double() / stream.scale[POINT]
+    torch.testing.assert_close(found.double().sort(0).values, expected.sort(0).values, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("close", [True, False])

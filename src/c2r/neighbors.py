@@ -148,7 +148,7 @@ class NeighborTable:
         index_F.copy_(winner_F)
         shortlist_MF[self.turn] = loser_F
         self.turn = (self.turn + 1) % len(shortlist_MF)
-        return torch.maximum(now_F, then_F) * inverse_F
+        return (torch.maximum(now_F, then_F) * inverse_F).clamp(-1.0, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if never stopped."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -174,28 +173,30 @@ def load(folder: Path, shard: dict[str, Any], name: str) -> dict[str, Tensor]:
     """The tensors of one file of a shard, mapped into memory, its checksum compared.
 
     Raises:
-        ValueError: the file is missing or damaged; says what to do.
+        ValueError: the file is missing or damaged, or cannot be mapped; says what to do.
     """
     path = folder / file_name(shard["number"], name)
     fault = size_fault(folder, shard, name)
     if fault is None:
-        with path.open("rb") as file:  # a private mapping, so that nobody who writes to a tensor changes the file
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        try:  # not shared: nobody who writes to a tensor changes the file
+            mapped = torch.from_file(str(path), False, shard["files"][name]["bytes"], dtype=torch.uint8)
+        except RuntimeError as error:
+            raise ValueError(f"cache.path: cannot map {path} into memory: {error}") from error
         if _digest(mapped) == shard["files"][name]["xxh3_128"]:
-            return _tensors(torch.frombuffer(mapped, dtype=torch.uint8))
+            return _tensors(mapped)
         fault = "its checksum is not the one that it was written with"
     raise ValueError(
         f"cache.path: {path} is damaged: {fault}; delete it and run `c2r harvest` again, which makes just that one anew"
     )
 
 
-def _digest(data: mmap.mmap) -> str:
-    """Checksum of a file, by chunks, so that a Ctrl-C is not kept waiting for a disk."""
-    with memoryview(data) as view:
-        digest = xxhash.xxh3_128()
-        for first in range(0, len(view), _CHUNK):
-            digest.update(view[first : first + _CHUNK])
-        return digest.hexdigest()
+def _digest(data: Tensor) -> str:
+    """Checksum of a file's bytes, by chunks, so that a Ctrl-C is not kept waiting for a disk."""
+    digest = xxhash.xxh3_128()
+    for chunk in data.split(_CHUNK):
+        numbers: Any = chunk.numpy()
+        digest.update(numbers)
+    return digest.hexdigest()
 
 
 def size_fault(folder: Path, shard: dict[str, Any], name: str) -> str | None:

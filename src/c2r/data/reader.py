@@ -25,7 +25,7 @@ class Part:
     """Activations of some rows' real tokens, in the order of the text, on the CPU."""
 
     x: dict[HookPoint, Tensor]
-    """`[n, D]` each, of the same tokens, in the precision they come in."""
+    """`[n, D]` each, of the same tokens, in the precision they come in; rows are contiguous."""
     norms: dict[HookPoint, Tensor]
     """Their norms, fp32 `[n]`."""
     ids: Tensor
@@ -66,7 +66,7 @@ class LiveReader:
     Arguments:
         lm: the model.
         points: read in one forward pass.
-        rows: packed rows from a position on, or from the beginning (None): `packed_rows` with its `start`.
+        rows: rows from a position on, or from the beginning (None), as `shuffled_rows` gives them.
         dtype: what activations are rounded to; None leaves them as the model makes them.
     """
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from c2r.data.tokens import Rows
+from c2r.data.tokens import Rows, pass_of
 
 
 def shuffled_rows(
@@ -22,8 +22,10 @@ def shuffled_rows(
     """A reader of the same rows, in windows of `tokens` tokens of which each is served in an order of its own.
 
     A document is many rows, and a window of activations holds few documents: without this, a batch is of few subjects
-    and what comes next is of others. The order depends on the seed and the window alone, so a position is where the
-    window begins in the text and how many of its rows were served. The next window is read while one is served.
+    and what comes next is of others. A window ends where a pass over the source does (a mixture's parts have no common
+    one), so that every row comes once before any comes again. The order depends on the seed and the window alone, so a
+    position is where the window begins in the text and how many of its rows were served. The next window is read while
+    one is served.
 
     Arguments:
         read: rows from a position on, or from the beginning (None), as `packed_rows` gives them.
@@ -34,38 +36,45 @@ def shuffled_rows(
     return read if tokens == 0 else lambda start: _shuffled(read, tokens, rows, seed, start)
 
 
+def permutation(size: int, name: str) -> Tensor:
+    """The order of `size` things that a name decides."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.randperm(size, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")))
+
+
 def _shuffled(read: Callable[[Any], Iterator[Rows]], tokens: int, rows: int, seed: int, start: Any) -> Iterator[Rows]:
     at = start or {"window": 0, "served": 0, "begins": None}
-    served, batches = at["served"], read(at["begins"])
-    window = list(_of_size(batches, tokens))
-    for number in itertools.count(at["window"]):
-        if not window:
-            return
-        ids_RT, real_RT = (torch.cat([getattr(batch, name) for batch in window]) for name in ("ids", "real"))
-        begins, order_R = window[0].position, _order(len(ids_RT), seed, number)
-        coming, window = _of_size(batches, tokens), []
+    number, served = at["window"], at["served"]
+    windows = itertools.groupby(_numbered(read(at["begins"]), tokens), key=lambda item: item[0])
+    window = _of(next(windows, None))
+    while batches := list(window):
+        ids_RT, real_RT = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("ids", "real"))
+        begins, order_R = batches[0].position, permutation(len(ids_RT), f"{seed} text {number}")
+        coming, batches = _of(next(windows, None)), []
         fault: Exception | None = None
         for first in range(served, len(ids_RT), rows):
             try:
-                window += [] if fault else itertools.islice(coming, 1)
+                batches += [] if fault else itertools.islice(coming, 1)
             except Exception as error:  # is raised when what was read before it is served
                 fault = error
             rows_R = order_R[first : first + rows]
             yield Rows(ids_RT[rows_R], real_RT[rows_R], {"window": number, "served": first, "begins": begins})
         if fault:
             raise fault
-        window += coming
-        served = 0
+        window, number, served = itertools.chain(batches, coming), number + 1, 0
 
 
-def _of_size(batches: Iterator[Rows], tokens: int) -> Iterator[Rows]:
-    """Batches until they have so many tokens."""
-    size = 0
-    while size < tokens and (batch := next(batches, None)) is not None:
-        size += batch.ids.numel()
-        yield batch
+def _numbered(batches: Iterator[Rows], tokens: int) -> Iterator[tuple[int, Rows]]:
+    """Batches, each with the number of the window it belongs to, counted from here."""
+    number = size = 0
+    last = None
+    for batch in batches:
+        now = pass_of(batch.position)
+        if size >= tokens or (size and now != last):
+            number, size = number + 1, 0
+        size, last = size + batch.ids.numel(), now
+        yield number, batch
 
 
-def _order(rows: int, seed: int, number: int) -> Tensor:
-    digest = hashlib.sha256(f"{seed} text {number}".encode()).digest()
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")))
+def _of(window: tuple[int, Iterator[tuple[int, Rows]]] | None) -> Iterator[Rows]:
+    return iter(()) if window is None else (batch for _, batch in window[1])

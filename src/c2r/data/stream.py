@@ -54,6 +54,7 @@ class ActivationStream:
         self.device = device
         self._windows_from = partial(Windows, reader, config, tokens, seed)
         self._preparing: Ahead[Prepared] | None = None
+        self._ending: list[Ahead[Any]] = []
         self._stand({"window": 0, "served": 0, "position": None, "skip": 0, "dropped": 0}, None)
 
     @property
@@ -78,17 +79,29 @@ class ActivationStream:
     def batches(self, batch: int, tokens: int) -> Iterator[dict[HookPoint, Tensor]]:
         """`tokens` activations in shuffled batches `[B, D]`; the last may be short. Stops early where the text ends.
 
+        One at a time: a call ends an earlier one that is not at its end, and goes on after its last batch.
+
         Raises:
             ValueError: what the reader raises, when all whole windows before it are served.
+            RuntimeError: the stream was closed, or another call began.
         """
+        if self._preparing is not None:
+            self.close()
+        self._join()
         ahead = self._preparing = Ahead(partial(self._windows.batches, batch, tokens), batch, "c2r batches")
         try:
             while (prepared := ahead.take()) is not None:
-                self._stands = prepared.state
-                yield {point: self._scaled(x_BD, point) for point, x_BD in prepared.rows.items()}
+                x = {point: self._scaled(x_BD, point) for point, x_BD in prepared.rows.items()}
+                self._stands = prepared.state  # not before there is a batch to serve
+                yield x
+                del x  # so that the next one can take its memory
+            if self._preparing is not ahead:
+                raise RuntimeError("the stream was closed, or asked for batches by another; ask it again")
+            self._preparing = None
         except BaseException:  # nobody wants more, and some may be prepared
-            self._stop()
-            self._stand(self._stands, self._windows.measured)
+            if self._preparing is ahead:
+                self._stop()
+                self._stand(self._stands, self._windows.measured)
             raise
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,16 +127,21 @@ class ActivationStream:
     def close(self) -> None:
         """End the threads; the next batch is the one after the last that was served, all the same."""
         self._stop()
-        for thread in (self._windows.reading, self._preparing):
-            if thread is not None:
-                thread.close()
+        self._join()
         self._stand(self._stands, self._windows.measured)
 
     def _stop(self) -> None:
-        """As `close`, without waiting for the threads' end."""
-        for thread in (self._windows.reading, self._preparing):
+        """Tell the threads to end, without waiting for it."""
+        for thread in (self._preparing, self._windows.reading):
             if thread is not None:
                 thread.stop()
+                self._ending.append(thread)
+        self._preparing = None
+
+    def _join(self) -> None:
+        """Wait for threads that were told to end: no two of them may use the reader."""
+        while self._ending:
+            self._ending.pop().close()
 
     def _stand(self, state: dict[str, Any], measured: Measured | None) -> None:
         self._stands = {key: state[key] for key in ("window", "served", "position", "skip", "dropped")}
@@ -134,7 +152,7 @@ class ActivationStream:
         factor = 1 / self.scale[point]
         if torch.device(self.device).type != "cpu":
             return x_BD.to(self.device).float().mul_(factor)
-        wide_BD = x_BD if x_BD.dtype == torch.float32 else torch.empty(x_BD.shape)
+        wide_BD = x_BD if x_BD.dtype == torch.float32 else torch.empty(x_BD.shape, dtype=torch.float32)
         for narrow, wide in zip(x_BD.split(_ROWS), wide_BD.split(_ROWS), strict=True):  # while it is in the cache
             (wide if wide_BD is x_BD else wide.copy_(narrow)).mul_(factor)
         return wide_BD

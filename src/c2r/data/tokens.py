@@ -19,7 +19,7 @@ from c2r.data.mixture import MIXER_START, PART_START, Mixer, Part, Position
 from c2r.data.sources import Shard, SpellingLists, check_source, open_reader, read_shard
 from c2r.data.text import vocabulary_words
 
-__all__ = ["Rows", "check_source", "packed_rows", "text_rows"]
+__all__ = ["Rows", "check_source", "packed_rows", "pass_of", "text_rows"]
 
 
 class Rows(NamedTuple):
@@ -30,8 +30,8 @@ class Rows(NamedTuple):
     real: Tensor
     """Bool `[R, T]`: tokens whose activations are used; neither padding nor any special token."""
     position: Position | None = None
-    """Where the reader stood before these rows, as JSON holds it: `packed_rows(..., start=position)` goes on with them.
-    None for rows that do not come from `packed_rows`."""
+    """Where the reader stood before these rows, as JSON holds it: the reader that gave them goes on with them from it
+    (`packed_rows(..., start=position)`, or `shuffled_rows`). None for rows that do not come from such a reader."""
 
 
 def packed_rows(
@@ -100,6 +100,12 @@ def packed_rows(
             encoder.close()
 
     return read()
+
+
+def pass_of(position: Position | None) -> int | None:
+    """Which pass over the source rows of `packed_rows` are of, by their position; None for a mixture."""
+    parts = [] if position is None else position["parts"]
+    return parts[0][0] if len(parts) == 1 else None
 
 
 def _cut(

@@ -5,7 +5,6 @@ B tokens in a batch · D width of the activations · W tokens in a window · n t
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import weakref
 from collections import deque
@@ -21,6 +20,7 @@ from torch import Tensor
 from c2r.config import HookPoint, StreamConfig
 from c2r.data.ahead import Ahead
 from c2r.data.reader import CALIBRATION_TOKENS, Measured, Part, Reader, measure, usual
+from c2r.data.shuffle import permutation
 
 Piece = dict[HookPoint, Tensor]
 """Consecutive tokens' activations, `[n, D]` each."""
@@ -54,9 +54,7 @@ class Window:
     def __init__(self, number: int, start: dict[str, Any], pieces: list[Piece], seed: int, served: int) -> None:
         self.number, self.start, self.pieces, self.served = number, start, pieces, served
         self.begins = list(itertools.accumulate((len(next(iter(piece.values()))) for piece in pieces), initial=0))
-        digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-        self.order_W = torch.randperm(self.begins[-1], generator=generator)
+        self.order_W = permutation(self.begins[-1], f"{seed} {number}")
 
     @property
     def left(self) -> int:
@@ -100,6 +98,8 @@ class Windows:
         self.reading: Ahead[Part] | None = None
         self.dropped = self._dropped_before = begun["dropped"]
         self._window: Window | None = None
+        self._number, self._served = begun["window"], begun["served"]
+        """Of the window that comes next."""
         self._raw: deque[Part] = deque()
         """Parts that were measured and are not yet put into a window."""
         self._part: Part | None = None
@@ -119,16 +119,16 @@ class Windows:
         while tokens > 0:
             picked: list[tuple[Piece, Tensor]] = []
             size = missing = min(batch, tokens)
+            state: dict[str, Any] = {}
             while missing and ((self._window is not None and self._window.left) or self._turn()):
                 assert self._window is not None
                 before = self._window.left
                 picked += self._window.next(missing)
                 missing -= before - self._window.left
+                state = {"window": self._window.number, "served": self._window.served, **self._window.start}
             if missing == size:
                 return
-            assert self._window is not None
             tokens -= size - missing
-            state = {"window": self._window.number, "served": self._window.served, **self._window.start}
             yield Prepared({point: _gathered(picked, point) for point in picked[0][0]}, state)
 
     def _size_of(self, number: int) -> int:
@@ -137,8 +137,8 @@ class Windows:
 
     def _turn(self) -> bool:
         """Read the next window and stand at its begin; False where the text has no more."""
-        last = self._window
-        number = self.begun["window"] if last is None else last.number + 1
+        self._window = None  # before the next is read: one is held at a time
+        number, served = self._number, self._served
         size, pieces, filled, start = self._size_of(number), [], 0, {}
         while filled < size and (part := self._more()) is not None:
             if not pieces:
@@ -148,10 +148,11 @@ class Windows:
             pieces.append(piece)
             filled, self._used = filled + taken, self._used + taken
         if self.reading is not None and self._size_of(number + 1) == 0:
-            self.reading.close()  # nothing more will be asked for
+            self.reading.stop()  # nothing more will be asked for
         if not pieces:
             return False
-        self._window = Window(number, start, pieces, self.seed, self.begun["served"] if last is None else 0)
+        self._number, self._served = number + 1, 0
+        self._window = Window(number, start, pieces, self.seed, served)
         return True
 
     def _more(self) -> Part | None:
@@ -186,6 +187,6 @@ def _gathered(picked: list[tuple[Piece, Tensor]], point: HookPoint) -> Tensor:
     into, first = x_BD.view(torch.uint8).numpy(), 0
     for x_nD, rows_n in pieces:
         of_piece = into[first : first + len(rows_n)]
-        np.take(x_nD.view(torch.uint8).numpy(), rows_n.numpy(), axis=0, out=of_piece, mode="clip")
+        np.take(x_nD.contiguous().view(torch.uint8).numpy(), rows_n.numpy(), axis=0, out=of_piece, mode="clip")
         first += len(rows_n)
     return x_BD

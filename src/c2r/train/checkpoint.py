@@ -26,7 +26,7 @@ from torch import Tensor
 from c2r.config import TrainConfig
 
 CHECKPOINTS, TENSORS, STATE = "checkpoints", "tensors.safetensors", "state.json"
-FORMAT = 1
+FORMAT = 2
 LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
 """Names under which c2r writes and removes things; what bears one after a kill is nobody's."""
 _SECONDS, _SHARE = 60.0, 0.05
