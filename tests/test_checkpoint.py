@@ -199,11 +199,15 @@ def test_every_single_flipped_byte_is_found(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "x").state()["n"] == 1
 
 
-def test_a_checkpoint_of_a_later_format_is_refused_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+@pytest.mark.parametrize("other", [checkpoint.FORMAT - 1, checkpoint.FORMAT + 1])
+def test_a_checkpoint_of_another_format_is_refused_and_kept(
+    other: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", other)
     write_checkpoint(tmp_path / "checkpoints" / "step_00000001", STATE)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"step_00000001: a checkpoint of format 2; this version of c2r reads 1"):
+    expected = f"step_00000001: a checkpoint of format {other}; this version of c2r reads {checkpoint.FORMAT}"
+    with pytest.raises(ValueError, match=expected):
         latest_checkpoint(tmp_path, skip_damaged=True)
     assert len(list_checkpoints(tmp_path)) == 1
 

@@ -85,7 +85,7 @@ class CacheConfig(Frozen):
     tokens: Positive | None = None
     """Activations to keep; null: `train.tokens`. A cache that is shorter than that is read again in another order."""
     shard_tokens: Positive = 65_536
-    """Activations of a file, roughly: it ends with a forward pass. One is held in memory while read or written."""
+    """Activations of a file, roughly: it ends with a forward pass. One is held in memory while written."""
 
 
 class TrainConfig(Frozen):
