@@ -1,7 +1,7 @@
 """How fast activations come: a cache read shuffled beside read plainly, and live training beside its halves alone.
 
     python benchmarks/stream.py cache                 7.2 GB of bf16 activations are written to --folder first
-    python benchmarks/stream.py live                  the embedded model and the demo's two SAEs
+    python benchmarks/stream.py live                  the embedded model and the demo's two SAEs (--width: another F)
 
 Medians over rounds after warm-up, in one process.
 
@@ -128,7 +128,8 @@ def live_rates(args: argparse.Namespace) -> dict[str, float]:
     reader = live_reader(config, lm)
     (point,) = config.points
     saes = config.saes[: args.saes]
-    runs = [Run(sae.model_copy(update={"k_anneal": 0.0}), config.train, lm.d_in) for sae in saes]
+    update = {"k_anneal": 0.0, "width": args.width}
+    runs = [Run(sae.model_copy(update=update), config.train, lm.d_in) for sae in saes]
     rates: dict[str, list[float]] = {}
 
     def model_alone(parts: Iterator[Part]) -> int:
@@ -186,7 +187,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="cache: where to write; a temporary folder if not given")
     for name, default in (
         ("tokens", 1_572_864), ("shard-tokens", 32_768), ("d-in", 2304), ("batch", 2048), ("window", 65_536),
-        ("rounds", 5), ("threads", 2), ("model-threads", 2), ("saes", 2),
+        ("rounds", 5), ("threads", 2), ("model-threads", 2), ("saes", 2), ("width", 4096),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", action="store_true")

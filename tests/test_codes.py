@@ -6,7 +6,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from c2r.codes import Codes, Support, decode, encode_at, fired, from_dense, join, l0, norms, take, to_dense
+from c2r import codes as codes_module
+from c2r.codes import (
+    Codes,
+    Support,
+    decode,
+    encode_at,
+    fired,
+    from_dense,
+    join,
+    l0,
+    norms,
+    row_dots,
+    take,
+    to_dense,
+)  # fmt: skip
 from c2r.sae.topk import BatchTopK
 
 shapes = st.tuples(st.integers(1, 9), st.integers(2, 12), st.integers(1, 6), st.floats(0, 1), st.integers(0, 10**6))
@@ -104,6 +118,13 @@ def test_no_code_at_all() -> None:
     none = Codes(torch.zeros(0), Support(torch.zeros(0).long(), torch.zeros(0).long(), 2, 3))
     assert torch.equal(decode(none, torch.eye(3), torch.ones(3)), torch.ones(2, 3))
     assert torch.equal(norms(none), torch.zeros(3))
+
+
+def test_dots_of_many_pairs_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes_module, "_PAIRS", 7)
+    a, b = torch.randn(5, 3), torch.randn(9, 3)
+    i, j = torch.randint(5, (20,)), torch.randint(9, (20,))
+    torch.testing.assert_close(row_dots(a, i, b, j), (a[i] * b[j]).sum(1))
 
 
 def test_rows_are_taken_and_joined() -> None:

@@ -22,6 +22,7 @@ from c2r.config import ModelConfig, RunConfig
 from c2r.data import memory, reader
 from c2r.data.harvest import load_language_model
 from c2r.interop import saelens
+from c2r.sae.base import SAE
 from c2r.train import checkpoint, faults
 from c2r.train.checkpoint import CheckpointError, Checkpoints, list_checkpoints, read_checkpoint
 from c2r.train.run import Run
@@ -308,6 +309,31 @@ def test_memory_that_runs_out_amid_training_says_what_to_lower(
     if not live:
         monkeypatch.undo()
         goes_on_as_if_nothing_had_been(config, whole)
+
+
+def test_memory_that_runs_out_again_while_saving_keeps_the_other_saes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, export = Run.step, Run.export
+
+    def out_of_memory(self: Run[Any], x: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.step_number == 6 and self.config.name == "c2r":
+            torch.empty(2**60)
+        return step(self, x)
+
+    def out_of_memory_again(self: Run[Any], scale: float = 1.0) -> SAE:
+        assert self.sae.W_dec.grad is None
+        if self.config.name == "baseline":
+            torch.empty(2**60)
+        return export(self, scale)
+
+    monkeypatch.setattr(Run, "step", out_of_memory)
+    monkeypatch.setattr(Run, "export", out_of_memory_again)
+    config = known_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="out of memory"):
+        train(config)
+    assert not (config.output / "baseline").exists()
+    assert "allocate memory" in c2r.load(config.output / "c2r").config["c2r"]["state"]["stopped"]
 
 
 # Pickles

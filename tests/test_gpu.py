@@ -1,12 +1,15 @@
 """The same step and the same evaluations on a GPU; `make test-gpu`."""
 
+import copy
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from c2r.config import TrainConfig
+import c2r
+from c2r.config import RunConfig, TrainConfig
 from c2r.eval.absorbed import AbsorptionSettings
 from c2r.eval.absorption import absorption
 from c2r.eval.composition import composition
@@ -14,8 +17,13 @@ from c2r.eval.recovery import Recovery
 from c2r.eval.suite import evaluate
 from c2r.neighbors import nearest_neighbors
 from c2r.train.run import Run
+from c2r.train.stop import Stopped
+from c2r.train.trainer import train
+from helpers import known_run, run_config
 from test_absorption import random_case
-from test_methods import METHODS, TREE, configured, plain
+from test_methods import METHODS, SCALE, TREE, configured, plain
+from test_resume import signalled
+from test_sparse import FREE_K
 
 pytestmark = pytest.mark.gpu
 
@@ -26,11 +34,44 @@ def test_a_gpu_trains_as_a_cpu_does(method: str) -> None:
     for device in ("cpu", "cuda"):
         train = TrainConfig(tokens=2560, batch=256, precision="float32", lr=1e-3)
         run = Run(configured(method, c2r={"strength": 0.3}), train, TREE.d_in, device=device)
-        generator, scale = torch.Generator().manual_seed(0), TREE.scale()
-        measured = [run.step((TREE.sample(256, generator).x_BD / scale).to(device))["loss"].item() for _ in range(10)]
+        generator = torch.Generator().manual_seed(0)
+        measured = [run.step((TREE.sample(256, generator).x_BD / SCALE).to(device))["loss"].item() for _ in range(10)]
         losses[device] = measured
         assert run.export().W_dec.device.type == device
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", FREE_K)
+def test_the_sparse_path_on_a_gpu(method: str) -> None:
+    losses = []
+    for device in ("cpu", "cuda"):
+        settings = TrainConfig(tokens=256, batch=256, precision="float32")
+        run = Run(configured(method, c2r={"strength": 0.3}), settings, TREE.d_in, device=device)
+        run.share = 0.0
+        x_BD = TREE.sample(256, torch.Generator().manual_seed(0)).x_BD / SCALE
+        losses.append(run.step(x_BD.to(device))["loss"].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_run_on_a_gpu_is_stopped_and_goes_on(
+    live: bool, tiny_models: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def configured_run(name: str) -> RunConfig:
+        config = run_config(tmp_path / name, tiny_models["llama"], corpus) if live else known_run(tmp_path / name)
+        return config.model_copy(
+            update={"train": config.train.model_copy(update={"device": "cuda", "precision": "auto"})}
+        )
+
+    train(configured_run("whole"))
+    signalled(monkeypatch, {4: [signal.SIGINT]})
+    with pytest.raises(Stopped):
+        train(configured_run("parts"))
+    train(configured_run("parts"))
+    for name in ("baseline", "c2r"):
+        one, other = (c2r.load(tmp_path / folder / name) for folder in ("whole", "parts"))
+        assert one.config["c2r"]["state"] == other.config["c2r"]["state"]
+        torch.testing.assert_close(one.W_dec, other.W_dec, rtol=1e-3, atol=1e-3)  # sums come in any order there
 
 
 def test_neighbours_on_a_gpu() -> None:
@@ -64,7 +105,7 @@ def test_absorption_on_a_gpu() -> None:
 def test_recovery_on_a_gpu() -> None:
     figures = []
     for device in ("cpu", "cuda"):
-        found = Recovery(plain("batch_top_k").to(device), TREE)
+        found = Recovery(copy.deepcopy(plain("batch_top_k")).to(device), TREE)
         for sample in TREE.held_out(2000):
             found.add(sample)
         figures.append(found.metrics())

@@ -34,6 +34,19 @@ def test_no_gradient_is_recorded_and_low_precision_is_searched_in_fp32() -> None
     assert found.cosine.dtype == torch.float32
 
 
+def test_a_callers_autocast_does_not_decide_near_ties() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(2, 16, generator=generator).repeat_interleave(200, 0)
+    decoder = centres + 1e-3 * torch.randn(400, 16, generator=generator)
+    tables = [NeighborTable(rows=50) for _ in range(2)]
+    found = [nearest_neighbors(decoder).index, *(tables[0].refresh(decoder).index for _ in range(2))]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (decoder @ decoder.T).dtype == torch.bfloat16
+        inside = [nearest_neighbors(decoder).index, *(tables[1].refresh(decoder).index for _ in range(2))]
+    for before, within in zip(found, inside, strict=True):
+        assert before.equal(within)
+
+
 def test_zero_rows_and_ties() -> None:
     decoder = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     found = nearest_neighbors(decoder)

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_PAIRS = 2**25
+"""Most pairs of one call of the kernel of `row_dots`, which on a GPU counts 32 threads a pair in 32 bits."""
+
 
 @dataclass(frozen=True)
 class Support:
@@ -175,6 +178,9 @@ def gather_sum(source: Tensor, index_N: Tensor, starts: Tensor, weight_N: Tensor
 
 def row_dots(a_BD: Tensor, i_N: Tensor, b_FD: Tensor, j_N: Tensor) -> Tensor:
     """a[i_n] · b[j_n] of N pairs of rows, `[N]`; no N×D tensor is made."""
+    if len(i_N) > _PAIRS:
+        pieces = zip(i_N.split(_PAIRS), j_N.split(_PAIRS), strict=True)
+        return torch.cat([row_dots(a_BD, i_n, b_FD, j_n) for i_n, j_n in pieces])
     # It is the gradient of a weighted sum of rows in its weights, whose forward would be thrown away.
     backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
     bags = i_N.new_zeros(0)  # which bag a pair is in stands in i_N

@@ -56,14 +56,18 @@ def nearest_neighbors(
     check_decoder(decoder)
     if mode not in ("exact", "chunked"):
         raise ValueError(f"mode: got {mode!r}; accepted are 'exact' and 'chunked'")
-    unit_FD = unit_rows(decoder)
-    if mode == "exact":
-        return Neighbors(*nearest_in_tiles(unit_FD))
     if chunk < 2:
         raise ValueError(f"chunk: got {chunk}; accepted are whole numbers ≥ 2")
-    index_F = torch.arange(len(decoder), device=decoder.device)
-    cosine_F = unit_FD.new_zeros(len(decoder))
-    for members in torch.randperm(len(decoder), generator=generator).to(decoder.device).split(chunk):
+    with torch.autocast(decoder.device.type, enabled=False):  # a caller's would decide near ties in half precision
+        return _nearest(unit_rows(decoder), mode, chunk, generator)
+
+
+def _nearest(unit_FD: Tensor, mode: Mode, chunk: int, generator: torch.Generator | None) -> Neighbors:
+    if mode == "exact":
+        return Neighbors(*nearest_in_tiles(unit_FD))
+    index_F = torch.arange(len(unit_FD), device=unit_FD.device)
+    cosine_F = unit_FD.new_zeros(len(unit_FD))
+    for members in torch.randperm(len(unit_FD), generator=generator).to(unit_FD.device).split(chunk):
         if len(members) > 1:
             found = nearest_in_tiles(unit_FD[members])
             index_F[members] = members[found.index]
@@ -123,7 +127,8 @@ class NeighborTable:
         inverse_F = inverse_norms(rows_FD)
         # A new tensor each time: the last one may still be part of an autograd graph.
         self.index_F = self.index_F.clone()
-        self._renew(rows_FD, inverse_F, self.index_F, self.shortlist_MF)
+        with torch.autocast(decoder_FD.device.type, enabled=False):
+            self._renew(rows_FD, inverse_F, self.index_F, self.shortlist_MF)
         return Neighbors(self.index_F, self._look_at_one_more(rows_FD, inverse_F, self.index_F, self.shortlist_MF))
 
     def _renew(self, rows_FD: Tensor, inverse_F: Tensor, index_F: Tensor, shortlist_MF: Tensor) -> None:

@@ -67,7 +67,8 @@ class LanguageModel:
         """Tells models apart that share a name: their configuration, and the sum of each of their weights."""
         digest = hashlib.sha256(self.model.config.to_json_string().encode())
         for name, weight in self.model.named_parameters():  # every one: a merged adapter may change a few of them
-            total = weight.sum(dtype=torch.float64).item()
+            # In pieces: a sum in another precision copies what it adds.
+            total = sum(piece.sum(dtype=torch.float64).item() for piece in weight.detach().flatten().split(2**24))
             digest.update(f"{name} {tuple(weight.shape)} {total:.10g}".encode())
         return digest.hexdigest()[:24]
 

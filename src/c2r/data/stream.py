@@ -52,7 +52,8 @@ class ActivationStream:
         device: str | torch.device = "cpu",
     ) -> None:
         self.device = device
-        self._windows_from = partial(Windows, reader, config, tokens, seed)
+        pinned = torch.device(device).type == "cuda"
+        self._windows_from = partial(Windows, reader, config, tokens, seed, pinned=pinned)
         self._preparing: Ahead[Prepared] | None = None
         self._ending: list[Ahead[Any]] = []
         self._stand({"window": 0, "served": 0, "position": None, "skip": 0, "dropped": 0}, None)
@@ -151,7 +152,7 @@ class ActivationStream:
         """Scaled fp32 rows on the device; they cross to another one as they are, and are widened there."""
         factor = 1 / self.scale[point]
         if torch.device(self.device).type != "cpu":
-            return x_BD.to(self.device).float().mul_(factor)
+            return x_BD.to(self.device, non_blocking=x_BD.is_pinned()).float().mul_(factor)
         wide_BD = x_BD if x_BD.dtype == torch.float32 else torch.empty(x_BD.shape, dtype=torch.float32)
         for narrow, wide in zip(x_BD.split(_ROWS), wide_BD.split(_ROWS), strict=True):  # while it is in the cache
             (wide if wide_BD is x_BD else wide.copy_(narrow)).mul_(factor)

@@ -82,6 +82,7 @@ class Windows:
         reader, config, tokens, seed: see `ActivationStream`.
         begun: the place: number of the `window`, how many of it are not to be `served` again, and `Window.start`.
         measured: what is known of the activations; None measures it.
+        pinned: whether batches are in memory that a GPU can read by itself.
     """
 
     def __init__(
@@ -92,9 +93,11 @@ class Windows:
         seed: int,
         begun: dict[str, Any],
         measured: Measured | None,
+        *,
+        pinned: bool = False,
     ) -> None:
         self.reader, self.config, self.tokens, self.seed = reader, config, tokens, seed
-        self.begun, self.measured = begun, measured
+        self.begun, self.measured, self.pinned = begun, measured, pinned
         self.reading: Ahead[Part] | None = None
         self.dropped = self._dropped_before = begun["dropped"]
         self._window: Window | None = None
@@ -129,7 +132,7 @@ class Windows:
             if missing == size:
                 return
             tokens -= size - missing
-            yield Prepared({point: _gathered(picked, point) for point in picked[0][0]}, state)
+            yield Prepared({point: _gathered(picked, point, pinned=self.pinned) for point in picked[0][0]}, state)
 
     def _size_of(self, number: int) -> int:
         size = self.config.buffer_tokens
@@ -177,13 +180,14 @@ class Windows:
         return self.reading
 
 
-def _gathered(picked: list[tuple[Piece, Tensor]], point: HookPoint) -> Tensor:
+def _gathered(picked: list[tuple[Piece, Tensor]], point: HookPoint, *, pinned: bool) -> Tensor:
     """The picked rows at one hook point, `[B, D]`, as the pieces have them.
 
     One thread, whatever PyTorch has, and without the GIL, so that it runs beside training and keeps nobody waiting.
     """
     pieces = [(piece[point], rows_n) for piece, rows_n in picked]
-    x_BD = torch.empty(sum(len(rows_n) for _, rows_n in pieces), pieces[0][0].shape[1], dtype=pieces[0][0].dtype)
+    shape = sum(len(rows_n) for _, rows_n in pieces), pieces[0][0].shape[1]
+    x_BD = torch.empty(shape, dtype=pieces[0][0].dtype, pin_memory=pinned)
     into, first = x_BD.view(torch.uint8).numpy(), 0
     for x_nD, rows_n in pieces:
         of_piece = into[first : first + len(rows_n)]

@@ -194,7 +194,7 @@ def evaluate_core(
             except FAILURES as error:
                 if failed is None:
                     raise
-                failed[name] = error
+                failed[name] = error.with_traceback(None)  # which would keep its tensors
                 del saes[name]
         progress(int(part.real.sum()))
     if clean.tokens == 0:

@@ -21,7 +21,7 @@ from c2r.train.checkpoint import CHECKPOINTS, bytes_of, cannot_write
 from c2r.train.run import Run
 
 FAULTY = "faulty"
-_NO_ROOM = ("can't allocate memory", "not enough memory", "out of memory")
+_NO_ROOM = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 def check_loss(run: Run[Any], loss: Tensor, x_BD: Tensor, config: RunConfig) -> None:

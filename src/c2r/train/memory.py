@@ -5,17 +5,18 @@ from __future__ import annotations
 import ctypes
 import platform
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
     """Have glibc reuse large freed blocks in place of returning them to the system; True if it agreed.
 
     A step frees and allocates tensors of F×D and B×F; each time, glibc maps fresh zeroed pages for them. The price is
-    that the process keeps its peak. Linux with glibc only, and for the whole process, so it is the trainer that asks
-    for it and no import does.
+    that the process keeps its peak. Threads that start later share one heap: with a heap each, what one frees in pieces
+    is of no use to the others, and memory wanders. Linux with glibc only, and for the whole process, so it is the
+    trainer that asks for it and no import does.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
+    return all(mallopt(*setting) for setting in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)))

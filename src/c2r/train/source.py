@@ -77,7 +77,8 @@ def open_source(config: RunConfig, device: torch.device, console: Console) -> So
                 f"[yellow]the cache has {manifest['kept']:,} tokens and train.tokens is {config.train.tokens:,}: "
                 "its shards are read again, each time in another order[/]"
             )
-    console.print(f"{where} {config.model.name}, {', '.join(point.name for point in config.points)}, width {d_in}")
+    points = ", ".join(point.name for point in config.points)
+    console.print(f"{where} {config.model.name}, {points}, width {d_in}; on {device}")
     metadata = {
         "model_name": config.model.name,
         "context_size": data.context,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,7 +94,8 @@ class _Progress:
 def _train(config: RunConfig, checkpoint: Checkpoint | None, overwrite: bool, console: Console) -> dict[str, Path]:
     starts = {sae.name: None if checkpoint else check_start(sae) for sae in config.saes}
     device = pick_device(config.train.device)
-    keep_freed_memory()
+    if device.type == "cpu":
+        keep_freed_memory()
     source = open_source(config, device, console)
     try:
         check_room(config, source.d_in, device)
@@ -196,6 +198,9 @@ def _keep(
     """Save what can be of a run that ends early; what is not whole does not keep the rest from it."""
     reason = f"{type(error).__name__}: {error}".rstrip(": ")
     console.print(f"[yellow]stopped after {at.tokens:,} of {config.train.tokens:,} tokens; saving[/]")
+    traceback.clear_frames(error.__traceback__)  # a step that ran out of memory holds its tensors there
+    for run in runs:
+        run.optimizer.zero_grad()
     if at.whole and at.step > 0 and not isinstance(error, CheckpointError):
         with _told(console):
             folder = checkpoints.save(at.step, _state(config, at, runs, log))
@@ -209,7 +214,7 @@ def _keep(
 def _told(console: Console) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # memory that runs out again is a RuntimeError
         console.print(f"[yellow]{escape(str(error))}[/]")
 
 
