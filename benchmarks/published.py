@@ -15,19 +15,21 @@ class PublishedStep:
     """One SAE under the published step; `autocast` runs it under bf16 autocast, as the release does."""
 
     def __init__(
-        self, d_in: int, width: int, k: int, *, lam: float = 1.0, every: int = 5, chunk: int = 8192, autocast: bool
-    ) -> None:
+        self, d_in: int, width: int, k: int, *, lam: float = 1.0, every: int = 5, chunk: int = 8192, autocast: bool,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
         self.k, self.lam, self.every, self.chunk, self.autocast = k, lam, every, chunk, autocast
-        rows = nn.functional.normalize(torch.randn(width, d_in, generator=torch.Generator().manual_seed(0)), dim=1)
+        random = torch.randn(width, d_in, generator=torch.Generator().manual_seed(0))
+        rows = nn.functional.normalize(random, dim=1).to(device)
         self.encoder, self.decoder = nn.Parameter(rows.clone()), nn.Parameter(rows.T.clone())  # [F, D], [D, F]
-        self.b_enc, self.b_dec = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(d_in))
+        self.b_enc, self.b_dec = (nn.Parameter(torch.zeros(size, device=device)) for size in (width, d_in))
         self.parameters = [self.encoder, self.decoder, self.b_enc, self.b_dec]
         self.optimizer = torch.optim.Adam(self.parameters, lr=1e-3, betas=(0.9, 0.999))
         self.number = 0
 
     def __call__(self, x: Tensor) -> None:
         """One update."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             pre = nn.functional.relu((x - self.b_dec) @ self.encoder.T + self.b_enc)
             best = pre.flatten().topk(self.k * len(x), sorted=False)
             acts = torch.zeros_like(pre).flatten().scatter(-1, best.indices, best.values).view_as(pre)

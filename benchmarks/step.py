@@ -8,6 +8,7 @@ measured as the mean over its cycle of five, one of which has its C²R. `--defau
 step takes minutes:
 
     python benchmarks/step.py --d-in 2304 --width 65536 --k 60 --only floor lagged fp32 --cycles 1
+    python benchmarks/step.py --d-in 2304 --width 65536 --k 60 --device cuda
 """
 
 from __future__ import annotations
@@ -39,8 +40,12 @@ LABELS = {
 
 
 def timed(work: Callable[[], object]) -> float:
+    """Seconds; a GPU's work is waited for."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    wait()
     start = time.perf_counter()
     work()
+    wait()
     return time.perf_counter() - start
 
 
@@ -59,25 +64,27 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(LABELS), default=list(LABELS))
     parser.add_argument("--cycles", type=int, help="rounds of the published step; the same as --rounds if not given")
     parser.add_argument("--precision", choices=("auto", "bfloat16", "float32"), default="auto", help="of c2r's product")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--default-allocator", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if not args.default_allocator:
         keep_freed_memory()
-    x = activations(args.batch, args.d_in)
+    x = activations(args.batch, args.d_in).to(args.device)
     train = TrainConfig(tokens=10**9, batch=args.batch, lr=1e-3, precision=args.precision)
 
     def ours(c2r: ConsistencyConfig | None) -> Callable[[], object]:
-        run = Run(BatchTopKConfig(name="x", width=args.width, k=args.k, k_anneal=0, c2r=c2r), train, args.d_in)
+        config = BatchTopKConfig(name="x", width=args.width, k=args.k, k_anneal=0, c2r=c2r)
+        run = Run(config, train, args.d_in, device=args.device)
         return lambda: run.step(x)
 
     def published(autocast: bool) -> Callable[[], object]:
-        step = PublishedStep(args.d_in, args.width, args.k, autocast=autocast)
+        step = PublishedStep(args.d_in, args.width, args.k, autocast=autocast, device=args.device)
         return lambda: [step(x) for _ in range(step.every)]
 
     def floor(dtype: torch.dtype) -> Callable[[], object]:
-        x_low, W_low = x.to(dtype), torch.randn(args.width, args.d_in).to(dtype)
+        x_low, W_low = x.to(dtype), torch.randn(args.width, args.d_in).to(args.device, dtype)
         return lambda: torch.nn.functional.linear(x_low, W_low)
 
     def two() -> Callable[[], object]:
@@ -120,7 +127,9 @@ def main() -> None:
         seconds = {LABELS[name]: value for name, value in median.items()}
         print(json.dumps({"settings": vars(args), "seconds": seconds, "ratios": figures}, ensure_ascii=False))
         return
-    print(f"D {args.d_in}, F {args.width}, B {args.batch}, K {args.k}, {args.threads} threads, {args.rounds} rounds")
+    print(
+        f"D {args.d_in}, F {args.width}, B {args.batch}, K {args.k}, {args.device}, {args.threads} threads, {args.rounds} rounds"
+    )
     for name, seconds in median.items():
         print(f"{LABELS[name]:<40}{1000 * seconds:9.1f} ms")
     for label, value in figures.items():
