@@ -127,9 +127,8 @@ def main() -> None:
         seconds = {LABELS[name]: value for name, value in median.items()}
         print(json.dumps({"settings": vars(args), "seconds": seconds, "ratios": figures}, ensure_ascii=False))
         return
-    print(
-        f"D {args.d_in}, F {args.width}, B {args.batch}, K {args.k}, {args.device}, {args.threads} threads, {args.rounds} rounds"
-    )
+    shape = f"D {args.d_in}, F {args.width}, B {args.batch}, K {args.k}"
+    print(f"{shape}; {args.device}, {args.threads} threads, {args.rounds} rounds")
     for name, seconds in median.items():
         print(f"{LABELS[name]:<40}{1000 * seconds:9.1f} ms")
     for label, value in figures.items():
