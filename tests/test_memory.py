@@ -27,3 +27,28 @@ def test_freed_blocks_are_reused() -> None:
     default, agreed, kept = done.stdout.split()
     assert agreed == "True"
     assert int(kept) < int(default) / 10
+
+
+SHARED = """
+import threading, torch
+from c2r.train.memory import keep_freed_memory
+def in_the_heap():
+    line = next(line for line in open("/proc/self/maps") if "[heap]" in line)
+    first, last = (int(end, 16) for end in line.split()[0].split("-"))
+    held.append(torch.ones(1_000_000))
+    found.append(first <= held[-1].data_ptr() < last)
+held, found, agreed = [], [], WANTED and keep_freed_memory()
+torch.ones(4_000_000)  # what is freed of it is there for the thread
+thread = threading.Thread(target=in_the_heap)
+thread.start()
+thread.join()
+print(*found)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+@pytest.mark.parametrize("wanted", [False, True])
+def test_threads_share_a_heap(wanted: bool) -> None:
+    code = SHARED.replace("WANTED", str(wanted))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(wanted)]
