@@ -52,3 +52,28 @@ def test_threads_share_a_heap(wanted: bool) -> None:
     code = SHARED.replace("WANTED", str(wanted))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(wanted)]
+
+
+GIVEN_BACK = """
+import torch
+from pathlib import Path
+from c2r.train.memory import give_freed_memory_back, keep_freed_memory
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+keep_freed_memory()
+before = resident()
+blocks = [torch.ones(250_000) for _ in range(200)]
+last = torch.ones(1)  # so that the heap's end is in use
+del blocks
+kept = resident() - before
+give_freed_memory_back()
+print(kept, resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_what_is_kept_is_given_back_when_asked() -> None:
+    done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept > 190e6
+    assert left < 20e6

@@ -29,7 +29,7 @@ from c2r.train.checkpoint import (
 )
 from c2r.train.faults import check_disk, check_loss, check_room, check_weights, keep_faulty, telling_of_memory
 from c2r.train.log import LogPosition, RunLog
-from c2r.train.memory import keep_freed_memory
+from c2r.train.memory import give_freed_memory_back, keep_freed_memory
 from c2r.train.output import METRICS_FILE, as_written, check_output, check_same, finished, held, prepare_output
 from c2r.train.run import Run
 from c2r.train.save import save_run
@@ -119,6 +119,7 @@ def _train(config: RunConfig, checkpoint: Checkpoint | None, overwrite: bool, co
                     at.done(tokens, source.stream.state_dict())
                     if checkpoints.due(at.step):
                         checkpoints.save(at.step, _state(config, at, runs, log))
+                        give_freed_memory_back()
             except BaseException as error:
                 if not signals.at_once:
                     _keep(error, config, at, runs, source, log, checkpoints, console)
