@@ -20,7 +20,7 @@ from c2r.codes import (
     row_dots,
     take,
     to_dense,
-)  # fmt: skip
+)
 from c2r.sae.topk import BatchTopK
 
 shapes = st.tuples(st.integers(1, 9), st.integers(2, 12), st.integers(1, 6), st.floats(0, 1), st.integers(0, 10**6))
@@ -121,10 +121,18 @@ def test_no_code_at_all() -> None:
 
 
 def test_dots_of_many_pairs_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def counted(a: Tensor, i: Tensor, b: Tensor, j: Tensor) -> Tensor:
+        sizes.append(len(i))
+        return row_dots(a, i, b, j)
+
     monkeypatch.setattr(codes_module, "_PAIRS", 7)
+    monkeypatch.setattr(codes_module, "row_dots", counted)
     a, b = torch.randn(5, 3), torch.randn(9, 3)
     i, j = torch.randint(5, (20,)), torch.randint(9, (20,))
-    torch.testing.assert_close(row_dots(a, i, b, j), (a[i] * b[j]).sum(1))
+    torch.testing.assert_close(codes_module.row_dots(a, i, b, j), (a[i] * b[j]).sum(1))
+    assert sizes == [20, 7, 7, 6]
 
 
 def test_rows_are_taken_and_joined() -> None:

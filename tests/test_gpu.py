@@ -32,8 +32,8 @@ pytestmark = pytest.mark.gpu
 def test_a_gpu_trains_as_a_cpu_does(method: str) -> None:
     losses = {}
     for device in ("cpu", "cuda"):
-        train = TrainConfig(tokens=2560, batch=256, precision="float32", lr=1e-3)
-        run = Run(configured(method, c2r={"strength": 0.3}), train, TREE.d_in, device=device)
+        settings = TrainConfig(tokens=2560, batch=256, precision="float32", lr=1e-3)
+        run = Run(configured(method, c2r={"strength": 0.3}), settings, TREE.d_in, device=device)
         generator = torch.Generator().manual_seed(0)
         measured = [run.step((TREE.sample(256, generator).x_BD / SCALE).to(device))["loss"].item() for _ in range(10)]
         losses[device] = measured

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+
 CODE = """
 import resource, torch
 from c2r.train.memory import keep_freed_memory
@@ -21,7 +23,6 @@ print(default, agreed, faults())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_freed_blocks_are_reused() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     default, agreed, kept = done.stdout.split()
@@ -46,7 +47,6 @@ print(*found)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 @pytest.mark.parametrize("wanted", [False, True])
 def test_threads_share_a_heap(wanted: bool) -> None:
     code = SHARED.replace("WANTED", str(wanted))
@@ -71,7 +71,6 @@ print(kept, resident() - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_what_is_kept_is_given_back_when_asked() -> None:
     done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
     kept, left = map(int, done.stdout.split())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from functools import cache
 
-_GLIBC = platform.libc_ver()[0] == "glibc"
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
@@ -17,7 +17,7 @@ def keep_freed_memory() -> bool:
     is of no use to the others, and memory wanders. Linux with glibc only, and for the whole process, so it is the
     trainer that asks for it and no import does.
     """
-    if not _GLIBC:
+    if not _glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(mallopt(*setting) for setting in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)))
@@ -28,5 +28,10 @@ def give_freed_memory_back() -> None:
 
     It takes some hundredths of a second, and the next step a few page faults more.
     """
-    if _GLIBC:
+    if _glibc():
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+
+
+@cache
+def _glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"

@@ -199,7 +199,8 @@ def _keep(
     """Save what can be of a run that ends early; what is not whole does not keep the rest from it."""
     reason = f"{type(error).__name__}: {error}".rstrip(": ")
     console.print(f"[yellow]stopped after {at.tokens:,} of {config.train.tokens:,} tokens; saving[/]")
-    traceback.clear_frames(error.__traceback__)  # a step that ran out of memory holds its tensors there
+    if isinstance(error, (MemoryError, RuntimeError)):  # a step that ran out of memory holds its tensors there
+        traceback.clear_frames(error.__traceback__)
     for run in runs:
         run.optimizer.zero_grad()
     if at.whole and at.step > 0 and not isinstance(error, CheckpointError):
