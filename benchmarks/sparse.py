@@ -38,8 +38,8 @@ def main() -> None:
             config = METHODS[method](name="x", width=args.width, **more)
             run = Run(config, TrainConfig(tokens=10**9, batch=args.batch), args.d_in)
             with torch.no_grad():  # biases so that about this share fires; a learning rate of 0 keeps them
-                pre = run.selecting_product(x[:256]).float()
-                run.sae.b_enc -= pre.flatten()[torch.randperm(pre.numel())[:100_000]].quantile(1 - share)
+                product = run.selecting_product(x[:256]).flatten().float()
+                run.sae.b_enc -= product[torch.randperm(len(product))[:100_000]].quantile(1 - share)
             run.train = run.train.model_copy(update={"lr": 0.0})
             times: dict[bool, list[float]] = {True: [], False: []}
             for number in range(args.rounds + 1):

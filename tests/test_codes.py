@@ -86,8 +86,9 @@ def test_batch_top_k_selects_the_exact_set(batch: int, width: int, k: int, seed:
     generator = torch.Generator().manual_seed(seed)
     select = BatchTopK()
     for _ in range(rounds):  # from the second on, the floor of the round before picks the candidates
-        pre = torch.randn(batch, width, generator=generator) - 0.5
-        support = select.select(pre, min(k, width))
+        product, bias = (torch.randn(*shape, generator=generator) for shape in ((batch, width), (width,)))
+        pre = product + bias - 0.5
+        support = select.select(product, bias - 0.5, min(k, width))
         positive = pre[pre > 0].sort(descending=True).values[: batch * min(k, width)]
         chosen = pre[support.tokens_N, support.latents_N]
         assert torch.equal(chosen.sort(descending=True).values, positive)
@@ -96,15 +97,15 @@ def test_batch_top_k_selects_the_exact_set(batch: int, width: int, k: int, seed:
 
 def test_floor_that_leaves_too_few_falls_back() -> None:
     select = BatchTopK()
-    select.select(torch.full((2, 4), 9.0), 2)
-    support = select.select(torch.tensor([[1.0, 2.0, 3.0, -1.0], [0.5, 0.1, 4.0, 0.0]]), 2)
+    select.select(torch.full((2, 4), 9.0), torch.zeros(4), 2)
+    support = select.select(torch.tensor([[1.0, 2.0, 3.0, -1.0], [0.5, 0.1, 4.0, 0.0]]), torch.zeros(4), 2)
     assert sorted(zip(support.tokens_N.tolist(), support.latents_N.tolist(), strict=True)) == [
         (0, 0), (0, 1), (0, 2), (1, 2),
     ]  # fmt: skip
 
 
 def test_ties_fill_exactly_the_budget() -> None:
-    support = BatchTopK().select(torch.ones(4, 6), 3)
+    support = BatchTopK().select(torch.ones(4, 6), torch.zeros(6), 3)
     assert len(support.latents_N) == 12
 
 

@@ -13,14 +13,27 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_PIECE = 1024
+"""Rows of a piece of a sum over all."""
 _PAIRS = 2**25
 """Most pairs of one call of the kernel of `row_dots`, which on a GPU counts 32 threads a pair in 32 bits."""
+
+
+class ByLatent(NamedTuple):
+    """The non-zeros of a batch in the order of their latents, and within one of their tokens."""
+
+    order_N: Tensor
+    """Where each stands in the support."""
+    latents_N: Tensor
+    tokens_N: Tensor
+    starts: Tensor
+    """`[F + 1]`: where each latent's begin."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +55,10 @@ class Support:
         return row_starts(self.tokens_N, self.batch)
 
     @cached_property
-    def by_latent(self) -> tuple[Tensor, Tensor]:
-        """The order `[N]` that groups the non-zeros by latent, and where each latent starts in it, `[F + 1]`."""
-        ordered, order_N = self.latents_N.sort(stable=True)
-        return order_N, row_starts(ordered, self.width)
+    def by_latent(self) -> ByLatent:
+        """The same non-zeros grouped by latent."""
+        latents_N, order_N = self.latents_N.sort(stable=True)
+        return ByLatent(order_N, latents_N, self.tokens_N[order_N], row_starts(latents_N, self.width))
 
 
 @dataclass(frozen=True)
@@ -187,10 +200,26 @@ def row_dots(a_BD: Tensor, i_N: Tensor, b_FD: Tensor, j_N: Tensor) -> Tensor:
     return backward(a_BD.contiguous(), b_FD.contiguous(), j_N.contiguous(), bags, i_N.contiguous(), 0)
 
 
+def _weighted_sum(rows_FD: Tensor, weight_F: Tensor) -> Tensor:
+    """Σ weight_i · row_i, `[D]`. On a CPU in pieces, for a product with one row keeps to one core."""
+    if rows_FD.device.type != "cpu":
+        return weight_F @ rows_FD
+    width = len(rows_FD)
+    starts = torch.arange(0, -(-width // _PIECE) * _PIECE + 1, _PIECE).clamp_(max=width)
+    return gather_sum(rows_FD, torch.arange(width), starts, weight_F).sum(0)
+
+
+def _dots_at(support: Support, rows_BD: Tensor, weights_FD: Tensor) -> Tensor:
+    """rows[token_n] · weights[latent_n], `[N]`. Latent by latent, each weight is read once: 2 to 3 times as fast."""
+    at = support.by_latent
+    dots_N = row_dots(weights_FD, at.latents_N, rows_BD, at.tokens_N)
+    return torch.empty_like(dots_N).index_copy_(0, at.order_N, dots_N)
+
+
 def _weight_gradient(rows_BD: Tensor, weight_N: Tensor, support: Support) -> Tensor:
     """Σ over a latent's non-zeros of weight_n · rows[token_n], `[F, D]`."""
-    order_N, starts = support.by_latent
-    return gather_sum(rows_BD.contiguous(), support.tokens_N[order_N], starts, weight_N[order_N])
+    at = support.by_latent
+    return gather_sum(rows_BD.contiguous(), at.tokens_N, at.starts, weight_N[at.order_N])
 
 
 class _Decode(torch.autograd.Function):
@@ -205,7 +234,7 @@ class _Decode(torch.autograd.Function):
         (grad_BD,) = grads
         values_N, W_dec_FD = ctx.saved_tensors
         at = ctx.support
-        grad_values = row_dots(grad_BD, at.tokens_N, W_dec_FD, at.latents_N) if ctx.needs_input_grad[0] else None
+        grad_values = _dots_at(at, grad_BD, W_dec_FD) if ctx.needs_input_grad[0] else None
         grad_W_dec = _weight_gradient(grad_BD, values_N, at) if ctx.needs_input_grad[1] else None
         return grad_values, grad_W_dec, None
 
@@ -218,7 +247,7 @@ class _Encode(torch.autograd.Function):
         centred_BD = x_BD if b_dec_D is None else x_BD - b_dec_D
         ctx.save_for_backward(centred_BD, W_enc_FD)
         ctx.support = support
-        return row_dots(centred_BD, support.tokens_N, W_enc_FD, support.latents_N) + b_enc_F[support.latents_N]
+        return _dots_at(support, centred_BD, W_enc_FD) + b_enc_F[support.latents_N]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -227,5 +256,5 @@ class _Encode(torch.autograd.Function):
         grad_W_enc = _weight_gradient(centred_BD, grad_N, ctx.support)
         grad_b_enc = grad_N.new_zeros(ctx.support.width).index_add(0, ctx.support.latents_N, grad_N)
         # Every token subtracts the same b_dec, so its gradient needs only the latents' totals.
-        grad_b_dec = -(grad_b_enc @ W_enc_FD) if ctx.needs_input_grad[3] else None
+        grad_b_dec = -_weighted_sum(W_enc_FD, grad_b_enc) if ctx.needs_input_grad[3] else None
         return None, grad_W_enc, grad_b_enc, grad_b_dec, None

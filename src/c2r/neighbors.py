@@ -147,7 +147,9 @@ class NeighborTable:
         Returns the winners' cosines.
         """
         own_F, other_F = torch.arange(len(index_F), device=index_F.device), shortlist_MF[self.turn]
-        now_F, then_F = (row_dots(rows_FD, own_F, rows_FD, j_F) * inverse_F[j_F] for j_F in (index_F, other_F))
+        two_2F = torch.stack([index_F, other_F], 1).flatten()  # side by side, so that a row is read once for both
+        dots_2F = row_dots(rows_FD, own_F.repeat_interleave(2), rows_FD, two_2F) * inverse_F[two_2F]
+        now_F, then_F = dots_2F.view(-1, 2).unbind(1)
         nearer_F = then_F > now_F
         winner_F, loser_F = torch.where(nearer_F, other_F, index_F), torch.where(nearer_F, index_F, other_F)
         index_F.copy_(winner_F)

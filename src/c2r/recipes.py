@@ -50,7 +50,7 @@ def encode_relu(run: Run[Any], x_BD: Tensor) -> Encoded:
     """f = ReLU(pre)."""
     if not run.sparse_pays:
         return Encoded(F.relu(run.product(x_BD)))
-    support = support_above(run.selecting_product(x_BD), 0.0)
+    support = support_above(run.selecting_product(x_BD), -run.sae.b_enc)
     return Encoded(Codes(F.relu(run.encode_at(x_BD, support)), support))
 
 
@@ -60,7 +60,7 @@ def encode_jump_relu(run: Run[Any], x_BD: Tensor) -> Encoded:
     if not run.sparse_pays:
         return Encoded(jump_relu(run.product(x_BD), threshold_F, run.config.bandwidth))
     # The entries that fire, and those so little below their threshold that they have a say in its gradient.
-    support = support_above(run.selecting_product(x_BD), threshold_F.detach() - run.config.bandwidth / 2)
+    support = support_above(run.selecting_product(x_BD), threshold_F - run.config.bandwidth / 2 - run.sae.b_enc)
     pre_N = run.encode_at(x_BD, support)
     return Encoded(Codes(jump_relu(pre_N, threshold_F[support.latents_N], run.config.bandwidth), support))
 
@@ -71,7 +71,7 @@ def encode_gated(run: Run[Any], x_BD: Tensor) -> Encoded:
     if not run.sparse_pays:
         pre_BF = run.product(x_BD)
         return Encoded(sae.activate(pre_BF), gate=F.relu(pre_BF))
-    support = support_above(run.selecting_product(x_BD), 0.0)
+    support = support_above(run.selecting_product(x_BD), -run.sae.b_enc)
     pre_N, at = run.encode_at(x_BD, support), support.latents_N
     magnitude_N = sae.r_mag[at].exp() * (pre_N - sae.b_enc[at]) + sae.b_mag[at]
     open_N = F.relu(magnitude_N) * (pre_N > 0)
@@ -80,19 +80,19 @@ def encode_gated(run: Run[Any], x_BD: Tensor) -> Encoded:
 
 def encode_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
     """The k largest positive of each token."""
-    support = top_k_of_each_token(run.selecting_product(x_BD, by_token=True), run.k)
+    support = top_k_of_each_token(run.selecting_product(x_BD, by_token=True).add_(run.sae.b_enc), run.k)
     return Encoded(Codes(F.relu(run.encode_at(x_BD, support)), support))
 
 
 def encode_abs_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
     """The k of each token that are largest in absolute value, with their sign."""
-    support = top_k_of_each_token(run.selecting_product(x_BD, by_token=True), run.k, signed=True)
+    support = top_k_of_each_token(run.selecting_product(x_BD, by_token=True).add_(run.sae.b_enc), run.k, signed=True)
     return Encoded(Codes(run.encode_at(x_BD, support), support))
 
 
 def encode_batch_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
     """The B·k largest positive of the batch."""
-    support = run.selector.select(run.selecting_product(x_BD), run.k)
+    support = run.selector.select(run.selecting_product(x_BD), run.sae.b_enc, run.k)
     return Encoded(Codes(F.relu(run.encode_at(x_BD, support)), support))
 
 

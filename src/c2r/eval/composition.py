@@ -76,8 +76,8 @@ class _Meta(NamedTuple):
     def rebuild(self, rows_BD: Tensor, selection: BatchTopK) -> tuple[Tensor, Codes]:
         """Rows reconstructed from the 4·B largest pre-activations of the batch."""
         with torch.no_grad():
-            pre_BM = F.linear(rows_BD - self.b_dec_D, self.W_enc_MD, self.b_enc_M)
-        support = selection.select(pre_BM, K)
+            product_BM = F.linear(rows_BD - self.b_dec_D, self.W_enc_MD)
+        support = selection.select(product_BM, self.b_enc_M, K)
         codes = Codes(encode_at(support, rows_BD, self.W_enc_MD, self.b_enc_M, self.b_dec_D), support)
         return decode(codes, self.W_dec_MD, self.b_dec_D), codes
 

@@ -31,11 +31,14 @@ class BatchTopK:
         """Moving average of the cut's relative change between batches."""
 
     @torch.no_grad()
-    def select(self, pre_BF: Tensor, k: int) -> Support:
-        """Where the `B·k` largest positive entries of `pre_BF` are; fewer where fewer are positive."""
-        batch, width = pre_BF.shape
-        total = min(batch * k, pre_BF.numel())
-        values, chosen = self._candidates(pre_BF, total)
+    def select(self, product_BF: Tensor, bias_F: Tensor, k: int) -> Support:
+        """Where the `B·k` largest positive entries of product + bias are; fewer where fewer are positive.
+
+        The sum is never made for all of them: a floor under it is one under the product that differs by latent.
+        """
+        batch, width = product_BF.shape
+        total = min(batch * k, product_BF.numel())
+        values, chosen = self._candidates(product_BF, bias_F, total)
         if len(values) > total:
             values, among = values.topk(total, sorted=False)
             chosen = chosen[among]
@@ -47,30 +50,35 @@ class BatchTopK:
             self.move += 0.1 * (abs(cut / self.cut - 1) - self.move)
         self.cut = cut
 
-    def _candidates(self, pre_BF: Tensor, total: int) -> tuple[Tensor, Tensor]:
-        """The positive entries that may be among the `total` largest, and their places in the flattened matrix."""
-        found = None
+    def _candidates(self, product_BF: Tensor, bias_F: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """The positive pre-activations that may be among the `total` largest, and their places in the flat matrix."""
+
+        def above(floor: float) -> tuple[Tensor, Tensor]:
+            found = entries_above(product_BF, floor - bias_F, dim=0)
+            return found.values + bias_F[found.columns], found.rows * product_BF.shape[1] + found.columns
+
+        values, places = bias_F[:0], None
         if self.cut is not None:
             slack = min(0.01 + _ROOM * self.move, _LARGEST_SLACK)
-            found = entries_above(pre_BF, self.cut * (1 - slack))
-        if found is None or len(found.values) < total:
-            found = entries_above(pre_BF, self._sampled_floor(pre_BF, total))
-        if len(found.values) < total:
-            found = entries_above(pre_BF, 0.0)
-        return found.values, found.rows * pre_BF.shape[1] + found.columns
+            values, places = above(self.cut * (1 - slack))
+        if places is None or len(values) < total:
+            values, places = above(self._sampled_floor(product_BF, bias_F, total))
+        if len(values) < total:
+            values, places = above(0.0)
+        return values, places
 
-    def _sampled_floor(self, pre_BF: Tensor, total: int) -> float:
+    def _sampled_floor(self, product_BF: Tensor, bias_F: Tensor, total: int) -> float:
         """A floor from every 16th token, 0 at least."""
-        sample = pre_BF[::16]
-        cut = sample.flatten().topk(max(1, total * len(sample) // len(pre_BF)), sorted=False).values.min().item()
+        sample = product_BF[::16] + bias_F
+        cut = sample.flatten().topk(max(1, total * len(sample) // len(product_BF)), sorted=False).values.min().item()
         return max(cut * (1 - _LARGEST_SLACK), 0.0)
 
 
 @torch.no_grad()
-def support_above(pre_BF: Tensor, floor: float | Tensor) -> Support:
-    """Where `pre_BF` is above `floor`, a number or one a latent `[F]`."""
-    found = entries_above(pre_BF, floor, dim=0 if isinstance(floor, Tensor) else 1)
-    return _support(found.rows * pre_BF.shape[1] + found.columns, *pre_BF.shape)
+def support_above(product_BF: Tensor, floor_F: Tensor) -> Support:
+    """Where `product_BF` is above its latent's floor."""
+    found = entries_above(product_BF, floor_F, dim=0)
+    return _support(found.rows * product_BF.shape[1] + found.columns, *product_BF.shape)
 
 
 def _support(places_N: Tensor, batch: int, width: int) -> Support:

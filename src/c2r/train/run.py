@@ -196,12 +196,13 @@ class Run(Generic[Config]):
 
     @torch.no_grad()
     def selecting_product(self, x_BD: Tensor, *, by_token: bool = False) -> Tensor:
-        """Pre-activations `[B, F]` in the configured precision, to choose by; with `by_token`, from each row."""
+        """(x − b_dec)·W_enc `[B, F]` in the configured precision, to choose by; with `by_token`, from each row.
+
+        Without the bias: added by the product, on a CPU it costs a tenth of it.
+        """
         sae, low = self.sae, self.product_dtype
-        x_low_BD, W_low_FD, b_low_F = sae.centred(x_BD).to(low), sae.W_enc.to(low), sae.b_enc.to(low)
-        if by_token or low != torch.float32:
-            return F.linear(x_low_BD, W_low_FD, b_low_F)
-        return torch.addmm(b_low_F[:, None], W_low_FD, x_low_BD.T).T  # in fp32, a seventh faster on a CPU
+        x_low_BD, W_low_FD = sae.centred(x_BD).to(low), sae.W_enc.to(low)
+        return F.linear(x_low_BD, W_low_FD) if by_token else F.linear(W_low_FD, x_low_BD).T
 
     def encode_at(self, x_BD: Tensor, support: Support) -> Tensor:
         """Pre-activations `[N]` at the chosen places, in fp32 with their gradient."""
