@@ -121,19 +121,18 @@ def test_no_code_at_all() -> None:
     assert torch.equal(norms(none), torch.zeros(3))
 
 
-def test_dots_of_many_pairs_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-
-    def counted(a: Tensor, i: Tensor, b: Tensor, j: Tensor) -> Tensor:
-        sizes.append(len(i))
-        return row_dots(a, i, b, j)
-
-    monkeypatch.setattr(codes_module, "_PAIRS", 7)
-    monkeypatch.setattr(codes_module, "row_dots", counted)
-    a, b = torch.randn(5, 3), torch.randn(9, 3)
-    i, j = torch.randint(5, (20,)), torch.randint(9, (20,))
-    torch.testing.assert_close(codes_module.row_dots(a, i, b, j), (a[i] * b[j]).sum(1))
-    assert sizes == [20, 7, 7, 6]
+@pytest.mark.parametrize("device", ["cpu", "a GPU's, in pieces"])
+def test_dots_of_pairs_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, source = torch.randn(5, 3), torch.randn(9, 3)
+    index, starts = torch.randint(9, (20,)), torch.tensor([0, 0, 7, 8, 20, 20])
+    row = torch.tensor([1] * 7 + [2] + [3] * 12)
+    if device == "cpu":
+        found = row_dots(rows, source, index, starts)
+    else:
+        monkeypatch.setattr(codes_module, "_PAIRS", 7)
+        found = codes_module._row_dots_on_a_gpu(rows, source, index, starts)
+    torch.testing.assert_close(found, (rows[row] * source[index]).sum(1))
+    assert len(row_dots(rows, source, index[:0], torch.zeros(6).long())) == 0
 
 
 def test_rows_are_taken_and_joined() -> None:

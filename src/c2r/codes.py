@@ -10,9 +10,10 @@ B tokens in a batch · D width of the activations · F latents · N non-zeros in
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 _PIECE = 1024
 """Rows of a piece of a sum over all."""
 _PAIRS = 2**25
-"""Most pairs of one call of the kernel of `row_dots`, which on a GPU counts 32 threads a pair in 32 bits."""
+"""Most pairs of one call of a GPU's kernel of `row_dots`, which counts 32 threads a pair in 32 bits."""
 
 
 class ByLatent(NamedTuple):
@@ -189,15 +190,31 @@ def gather_sum(source: Tensor, index_N: Tensor, starts: Tensor, weight_N: Tensor
     return F.embedding_bag(index_N, source, starts, mode="sum", per_sample_weights=weight_N, include_last_offset=True)
 
 
-def row_dots(a_BD: Tensor, i_N: Tensor, b_FD: Tensor, j_N: Tensor) -> Tensor:
-    """a[i_n] · b[j_n] of N pairs of rows, `[N]`; no N×D tensor is made."""
-    if len(i_N) > _PAIRS:
-        pieces = zip(i_N.split(_PAIRS), j_N.split(_PAIRS), strict=True)
-        return torch.cat([row_dots(a_BD, i_n, b_FD, j_n) for i_n, j_n in pieces])
-    # It is the gradient of a weighted sum of rows in its weights, whose forward would be thrown away.
-    backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
-    bags = i_N.new_zeros(0)  # which bag a pair is in stands in i_N
-    return backward(a_BD.contiguous(), b_FD.contiguous(), j_N.contiguous(), bags, i_N.contiguous(), 0)
+def row_dots(rows_RD: Tensor, source_FD: Tensor, index_N: Tensor, starts: Tensor) -> Tensor:
+    """Row r · source[index_n] for the n from starts[r] to starts[r + 1], `[N]`; no N×D tensor is made."""
+    if rows_RD.device.type != "cpu":
+        return _row_dots_on_a_gpu(rows_RD, source_FD, index_N, starts)
+    _quieten_csr()
+    shape, zeros_N = (len(rows_RD), len(source_FD)), rows_RD.new_zeros(len(index_N))
+    pairs = torch.sparse_csr_tensor(starts, index_N, zeros_N, shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(pairs, rows_RD, source_FD.T, beta=0.0).values()
+
+
+def _row_dots_on_a_gpu(rows_RD: Tensor, source_FD: Tensor, index_N: Tensor, starts: Tensor) -> Tensor:
+    """By the gradient of a weighted sum of rows in its weights, without the sum itself."""
+    row_N = torch.arange(len(rows_RD), device=starts.device).repeat_interleave(starts.diff())
+    backward, bags = torch.ops.aten._embedding_bag_per_sample_weights_backward, row_N.new_zeros(0)
+    rows_RD, source_FD = rows_RD.contiguous(), source_FD.contiguous()
+    pieces = zip(row_N.split(_PAIRS), index_N.split(_PAIRS), strict=True)
+    return torch.cat([backward(rows_RD, source_FD, index_n, bags, row_n, 0) for row_n, index_n in pieces])
+
+
+@cache
+def _quieten_csr() -> None:
+    """Have PyTorch say now, unheard, what it says of the first CSR tensor of a process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 
 def _weighted_sum(rows_FD: Tensor, weight_F: Tensor) -> Tensor:
@@ -212,7 +229,7 @@ def _weighted_sum(rows_FD: Tensor, weight_F: Tensor) -> Tensor:
 def _dots_at(support: Support, rows_BD: Tensor, weights_FD: Tensor) -> Tensor:
     """rows[token_n] · weights[latent_n], `[N]`. Latent by latent, each weight is read once: 2 to 3 times as fast."""
     at = support.by_latent
-    dots_N = row_dots(weights_FD, at.latents_N, rows_BD, at.tokens_N)
+    dots_N = row_dots(weights_FD, rows_BD, at.tokens_N, at.starts)
     return torch.empty_like(dots_N).index_copy_(0, at.order_N, dots_N)
 
 

@@ -146,9 +146,10 @@ class NeighborTable:
 
         Returns the winners' cosines.
         """
-        own_F, other_F = torch.arange(len(index_F), device=index_F.device), shortlist_MF[self.turn]
-        two_2F = torch.stack([index_F, other_F], 1).flatten()  # side by side, so that a row is read once for both
-        dots_2F = row_dots(rows_FD, own_F.repeat_interleave(2), rows_FD, two_2F) * inverse_F[two_2F]
+        other_F = shortlist_MF[self.turn]
+        two_2F = torch.stack([index_F, other_F], 1).flatten()
+        starts = torch.arange(0, len(two_2F) + 1, 2, device=two_2F.device)
+        dots_2F = row_dots(rows_FD, rows_FD, two_2F, starts) * inverse_F[two_2F]
         now_F, then_F = dots_2F.view(-1, 2).unbind(1)
         nearer_F = then_F > now_F
         winner_F, loser_F = torch.where(nearer_F, other_F, index_F), torch.where(nearer_F, index_F, other_F)

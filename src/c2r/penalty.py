@@ -103,8 +103,8 @@ class _PairCosines(torch.autograd.Function):
         rows_FD = at_least_fp32(decoder_FD)
         inverse_F = inverse_norms(rows_FD)
         if cosine_F is None:
-            own_F = torch.arange(len(rows_FD), device=rows_FD.device)
-            cosine_F = row_dots(rows_FD, own_F, rows_FD, neighbors_F) * inverse_F * inverse_F[neighbors_F]
+            starts = torch.arange(len(rows_FD) + 1, device=rows_FD.device)
+            cosine_F = row_dots(rows_FD, rows_FD, neighbors_F, starts) * inverse_F * inverse_F[neighbors_F]
         ctx.save_for_backward(decoder_FD, neighbors_F, inverse_F, cosine_F)
         return cosine_F.clone()
 

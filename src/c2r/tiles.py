@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from c2r.codes import row_dots
+from c2r.codes import row_dots, row_starts
 
 TILE = 2048
 _GROUP = 32
@@ -100,7 +100,8 @@ def nearest_of_slice(
     tile_FR[start:stop].fill_diagonal_(-torch.inf)
     near_RM = tile_FR.T.contiguous().topk(min(most, len(rows_FD) - 1), dim=1).indices
     own_RM = torch.arange(start, stop, device=near_RM.device)[:, None].expand_as(near_RM)
-    dots_RM = row_dots(rows_FD, own_RM.flatten(), rows_FD, near_RM.flatten()).view_as(near_RM)
+    starts = torch.arange(0, near_RM.numel() + 1, near_RM.shape[1], device=near_RM.device)
+    dots_RM = row_dots(rows_FD[start:stop], rows_FD, near_RM.flatten(), starts).view_as(near_RM)
     best = (dots_RM * inverse_F[own_RM] * inverse_F[near_RM]).max(1)
     return Nearest(near_RM.gather(1, best.indices[:, None])[:, 0], best.values.clamp(-1.0, 1.0)), near_RM
 
@@ -136,8 +137,9 @@ class _Contest:
         """Compare those within the slack of the best in full precision."""
         values, line, other = (torch.cat(parts) for parts in zip(*self.entries, strict=True))
         close_P = values >= self.peak_F[line] - self.slack
-        line_P, other_P = line[close_P], other[close_P]
-        cosine_P = row_dots(self.unit_FD, line_P, self.unit_FD, other_P)
+        line_P, order_P = line[close_P].sort()
+        other_P = other[close_P][order_P]
+        cosine_P = row_dots(self.unit_FD, self.unit_FD, other_P, row_starts(line_P, len(self.unit_FD)))
         cosine_F = torch.full_like(self.unit_FD[:, 0], -torch.inf).scatter_reduce(0, line_P, cosine_P, "amax")
         won_P = cosine_P == cosine_F[line_P]
         index_F = torch.full_like(line_P[:1], len(self.unit_FD)).expand(len(self.unit_FD)).clone()

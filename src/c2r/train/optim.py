@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from c2r.codes import row_dots
 from c2r.config import TrainConfig
 
 _ROWS, _ROWS_ON_A_GPU = 1024, 8192
@@ -72,9 +71,8 @@ def project_gradient(W_dec_FD: Tensor) -> None:
     if W_dec_FD.grad is not None:
         most = _ROWS if W_dec_FD.device.type == "cpu" else _ROWS_ON_A_GPU
         for rows_RD, grad_RD in zip(W_dec_FD.split(most), W_dec_FD.grad.split(most), strict=True):
-            own_R = torch.arange(len(rows_RD), device=rows_RD.device)
-            along_R, square_R = (row_dots(left_RD, own_R, rows_RD, own_R) for left_RD in (grad_RD, rows_RD))
-            grad_RD.addcmul_(rows_RD, (along_R / square_R)[:, None], value=-1)
+            along_R = torch.linalg.vecdot(grad_RD, rows_RD) / rows_RD.norm(dim=1).square()
+            grad_RD.addcmul_(rows_RD, along_R[:, None], value=-1)
 
 
 @torch.no_grad()
