@@ -171,13 +171,21 @@ def _slice(acts: Acts, start: int, end: int) -> Acts:
     return Codes(acts.values_N[inside_N], support)
 
 
-def encode_at(support: Support, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None) -> Tensor:
+def encode_at(
+    support: Support,
+    x_BD: Tensor,
+    W_enc_FD: Tensor,
+    b_enc_F: Tensor,
+    b_dec_D: Tensor | None,
+    values_N: Tensor | None = None,
+) -> Tensor:
     """Pre-activations (x − b_dec)·W_enc + b_enc at `support` alone, `[N]`, in the precision of the weights.
 
-    `x_BD` is data: it gets no gradient. `b_dec_D` is None for an encoder that does not subtract it.
+    `x_BD` is data: it gets no gradient. `b_dec_D` is None for an encoder that does not subtract it. `values_N` are the
+    result where it is known.
     """
-    values_N: Any = _Encode.apply(x_BD, W_enc_FD, b_enc_F, b_dec_D, support)
-    return values_N
+    of_support_N: Any = _Encode.apply(x_BD, W_enc_FD, b_enc_F, b_dec_D, support, values_N)
+    return of_support_N
 
 
 def row_starts(sorted_N: Tensor, size: int) -> Tensor:
@@ -259,11 +267,19 @@ class _Decode(torch.autograd.Function):
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, support: Support
+        ctx: Any,
+        x_BD: Tensor,
+        W_enc_FD: Tensor,
+        b_enc_F: Tensor,
+        b_dec_D: Tensor | None,
+        support: Support,
+        values_N: Tensor | None,
     ) -> Tensor:
         centred_BD = x_BD if b_dec_D is None else x_BD - b_dec_D
         ctx.save_for_backward(centred_BD, W_enc_FD)
         ctx.support = support
+        if values_N is not None:
+            return values_N.view_as(values_N)
         return _dots_at(support, centred_BD, W_enc_FD) + b_enc_F[support.latents_N]
 
     @staticmethod
@@ -274,4 +290,4 @@ class _Encode(torch.autograd.Function):
         grad_b_enc = grad_N.new_zeros(ctx.support.width).index_add(0, ctx.support.latents_N, grad_N)
         # Every token subtracts the same b_dec, so its gradient needs only the latents' totals.
         grad_b_dec = -_weighted_sum(W_enc_FD, grad_b_enc) if ctx.needs_input_grad[3] else None
-        return None, grad_W_enc, grad_b_enc, grad_b_dec, None
+        return None, grad_W_enc, grad_b_enc, grad_b_dec, None, None

@@ -92,8 +92,12 @@ def encode_abs_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
 
 def encode_batch_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
     """The B·k largest positive of the batch."""
-    support = run.selector.select(run.selecting_product(x_BD), run.sae.b_enc, run.k)
-    return Encoded(Codes(F.relu(run.encode_at(x_BD, support)), support))
+    sae, selector, values_N = run.sae, run.selector, None
+    if run.coarse and (found := selector.select_coarsely(sae.centred(x_BD).detach(), sae.W_enc, sae.b_enc, run.k)):
+        support, values_N = found
+    else:
+        support = selector.select(run.selecting_product(x_BD), sae.b_enc, run.k)
+    return Encoded(Codes(F.relu(run.encode_at(x_BD, support, values_N)), support))
 
 
 def reconstruction(run: Run[Any], forward: Forward) -> Tensor:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from c2r.codes import Support
+from c2r.coarse import coarse_product
+from c2r.codes import Support, row_dots, row_starts
 from c2r.tiles import entries_above
 
 _ROOM = 3.0
 """The floor lies this many usual moves of the cut, and 1 %, below the last cut."""
 _LARGEST_SLACK = 0.1
+_CROWD, _REST = 4, 100
+"""A coarse product that leaves more candidates than so many times B·k does not pay, and rests for so many batches."""
 
 
 class BatchTopK:
@@ -29,6 +32,8 @@ class BatchTopK:
         """The smallest value that the last batch kept."""
         self.move = _LARGEST_SLACK
         """Moving average of the cut's relative change between batches."""
+        self.rest = 0
+        """Batches for which no coarse product is tried."""
 
     @torch.no_grad()
     def select(self, product_BF: Tensor, bias_F: Tensor, k: int) -> Support:
@@ -45,6 +50,37 @@ class BatchTopK:
         self._follow(values.min().item() if len(values) else None)
         return _support(chosen, batch, width)
 
+    @torch.no_grad()
+    def select_coarsely(self, x_BD: Tensor, W_FD: Tensor, bias_F: Tensor, k: int) -> tuple[Support, Tensor] | None:
+        """As `select`, by x·Wᵀ + bias in the precision of W, which come too, `[N]`; int8 finds the few to compute.
+
+        None where that cannot be, or does not pay: before there is a cut, where the cut fell below the floor, and where
+        rounding leaves too many candidates, for tokens or latents with a few huge entries.
+        """
+        floor, (batch, width) = self._floor(), (len(x_BD), len(W_FD))
+        if floor is None or self.rest:
+            self.rest = max(0, self.rest - 1)
+            return None
+        total, coarse = min(batch * k, batch * width), coarse_product(x_BD, W_FD)
+        found = entries_above(coarse.product_BF, coarse.floor(floor - bias_F), dim=0)
+        if not total <= len(found.values) <= _CROWD * total:
+            self.rest = _REST if len(found.values) > total else 0
+            return None
+        places_C = (found.columns * batch + found.rows).sort().values  # latent by latent
+        latents_C, tokens_C = places_C // batch, places_C % batch
+        values_C = row_dots(W_FD, x_BD, tokens_C, row_starts(latents_C, width)) + bias_F[latents_C]
+        best = values_C.topk(total, sorted=False)
+        cut = best.values.min().item()
+        if cut < floor:
+            return None
+        self._follow(cut)
+        places_N, order_N = (tokens_C * width + latents_C)[best.indices].sort()
+        return Support(places_N % width, places_N // width, batch, width), best.values[order_N]
+
+    def _floor(self) -> float | None:
+        """A little below the last cut; None without one."""
+        return None if not self.cut else self.cut * (1 - min(0.01 + _ROOM * self.move, _LARGEST_SLACK))
+
     def _follow(self, cut: float | None) -> None:
         if cut and self.cut:
             self.move += 0.1 * (abs(cut / self.cut - 1) - self.move)
@@ -58,9 +94,9 @@ class BatchTopK:
             return found.values + bias_F[found.columns], found.rows * product_BF.shape[1] + found.columns
 
         values, places = bias_F[:0], None
-        if self.cut is not None:
-            slack = min(0.01 + _ROOM * self.move, _LARGEST_SLACK)
-            values, places = above(self.cut * (1 - slack))
+        floor = self._floor()
+        if floor is not None:
+            values, places = above(floor)
         if places is None or len(values) < total:
             values, places = above(self._sampled_floor(product_BF, bias_F, total))
         if len(values) < total:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from c2r.coarse import coarse_pays, coarse_works
 from c2r.codes import Acts, Codes, Support, encode_at, fired, l0
 from c2r.config import TrainConfig
 from c2r.loss.terms import Encoded, Forward, lp
@@ -77,6 +78,8 @@ class Run(Generic[Config]):
         self.optimizer = adam(list(self.sae.parameters()), train.lr)
         given = train.precision
         self.product_dtype = quick_dtype(torch.device(device)) if given == "auto" else getattr(torch, given)
+        self.coarse = given == "auto" and coarse_pays(torch.device(device))
+        """Whether batch-top-k finds its candidates by a product in int8."""
         self.selector = BatchTopK()
         mode = config.c2r.neighbors if config.c2r else "lagged"
         rows = renewed_rows(config.width, train.steps)
@@ -155,6 +158,7 @@ class Run(Generic[Config]):
             "consistency": None if self.consistency is None else self.consistency.generator.get_state(),
             "selector": dict(vars(self.selector)),  # numbers alone
             "product": str(self.product_dtype).removeprefix("torch."),
+            "coarse": self.coarse,
             **{name: getattr(self, name) for name in _COUNTED},
         }
 
@@ -173,6 +177,7 @@ class Run(Generic[Config]):
         vars(self.selector).update(state["selector"])
         # What "auto" found when the run began, which another machine might not.
         self.product_dtype = self.table.dtype = getattr(torch, state["product"])
+        self.coarse = state.get("coarse", False) and coarse_works()
         for name in _COUNTED:
             value = state[name]
             setattr(self, name, value.to(device, copy=True) if isinstance(value, Tensor) else value)
@@ -204,10 +209,10 @@ class Run(Generic[Config]):
         x_low_BD, W_low_FD = sae.centred(x_BD).to(low), sae.W_enc.to(low)
         return F.linear(x_low_BD, W_low_FD) if by_token else F.linear(W_low_FD, x_low_BD).T
 
-    def encode_at(self, x_BD: Tensor, support: Support) -> Tensor:
-        """Pre-activations `[N]` at the chosen places, in fp32 with their gradient."""
+    def encode_at(self, x_BD: Tensor, support: Support, values_N: Tensor | None = None) -> Tensor:
+        """Pre-activations `[N]` at the chosen places, in fp32 with their gradient; `values_N` if they are known."""
         sae = self.sae
-        return encode_at(support, x_BD, sae.W_enc, sae.b_enc, sae.b_dec if sae.subtract_b_dec else None)
+        return encode_at(support, x_BD, sae.W_enc, sae.b_enc, sae.b_dec if sae.subtract_b_dec else None, values_N)
 
     @torch.no_grad()
     def observe(self, acts: Acts, batch: int) -> None:

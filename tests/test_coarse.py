@@ -1,0 +1,137 @@
+"""Products in int8 that find candidates: what they miss, and what is selected by them, against full precision."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from c2r import coarse
+from c2r.coarse import coarse_product, coarse_works
+from c2r.config import TrainConfig
+from c2r.methods import BatchTopKConfig, ConsistencyConfig
+from c2r.sae.topk import BatchTopK
+from c2r.train.run import Run
+
+right = pytest.mark.skipif(not coarse_works(), reason="this processor's products in int8 saturate, or there are none")
+
+
+def rows(generator: torch.Generator, count: int, width: int, tail: float) -> Tensor:
+    """Rows of different norms, whose entries have the heavier tails the larger `tail` is."""
+    normal, norms = (torch.randn(count, size, generator=generator) for size in (width, 1))
+    return normal.sign() * normal.abs().pow(tail) * norms.abs().add(0.1)
+
+
+@right
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 70), st.integers(2, 90), st.integers(1, 300), st.sampled_from([1.0, 2.0, 4.0]), st.integers(0, 99)
+)
+def test_products_lie_within_the_slack(batch: int, width: int, d_in: int, tail: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, W = rows(generator, batch, d_in, tail), rows(generator, width, d_in, tail)
+    about = coarse_product(x, W)
+    exact = x.double() @ W.double().T
+    # A floor at every product itself, a hair below: none may be lost under it.
+    for product_F, exact_F in zip(about.product_BF, exact, strict=True):
+        assert (product_F > about.floor((exact_F - 1e-6 * exact_F.abs()).float())).all()
+    assert ((about.product_BF * about.unit_F - exact).abs() <= about.unit_F * about.slack_F + exact.abs() / 64).all()
+
+
+@right
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 70), st.integers(30, 90), st.integers(1, 6), st.integers(0, 10**6))
+def test_the_exact_set_is_selected(batch: int, width: int, k: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    select = BatchTopK()
+    W, bias = rows(generator, width, 48, 1.0), torch.randn(width, generator=generator)
+    x = rows(generator, batch, 48, 1.0)
+    for _ in range(3):
+        x = x + 0.01 * torch.randn(x.shape, generator=generator)
+        pre = (x.double() @ W.double().T + bias).float()
+        best = pre[pre > 0].sort(descending=True).values[: batch * k]
+        found = select.select_coarsely(x, W, bias, k)
+        if found is None:
+            support = select.select(x @ W.T, bias, k)
+            values = pre[support.tokens_N, support.latents_N]
+        else:
+            support, values = found
+        torch.testing.assert_close(values.sort(descending=True).values, best, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(values, pre[support.tokens_N, support.latents_N], rtol=1e-4, atol=1e-5)
+        assert torch.equal(support.tokens_N, support.tokens_N.sort().values)
+
+
+def batches(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(128, 64, generator=generator))
+    drawn = (torch.rand(128, 128, generator=generator).pow(16) @ directions for _ in range(count))
+    return [x / x.square().sum(1).mean().sqrt() for x in drawn]
+
+
+def run_of(int8: bool) -> Run[Any]:
+    config = BatchTopKConfig(name="x", width=512, k=8, k_anneal=0, c2r=ConsistencyConfig(strength=0.3))
+    run = Run(config, TrainConfig(tokens=128 * 40, batch=128, lr=1e-3, precision="float32"), 64)
+    run.coarse = int8
+    return run
+
+
+@right
+def test_training_is_that_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[bool] = []
+    select_coarsely = BatchTopK.select_coarsely
+
+    def counted(*given: Any) -> Any:
+        found = select_coarsely(*given)
+        used.append(found is not None)
+        return found
+
+    monkeypatch.setattr(BatchTopK, "select_coarsely", counted)
+    plain, int8 = run_of(False), run_of(True)
+    for x in batches(20):
+        of_plain, of_int8 = plain.step(x), int8.step(x)
+        torch.testing.assert_close(of_int8["loss"], of_plain["loss"], rtol=1e-3, atol=0)
+    assert sum(used) > 10
+
+
+@right
+def test_a_resumed_run_goes_on_in_int8_bit_for_bit() -> None:
+    whole, parts = run_of(True), run_of(True)
+    for x in batches(10):
+        whole.step(x)
+    for number, x in enumerate(batches(10)):
+        if number == 5:
+            state = parts.state_dict()
+            parts = run_of(False)
+            parts.load_state_dict(state)
+        parts.step(x)
+    assert torch.equal(whole.sae.W_enc, parts.sae.W_enc)
+    older = {name: value for name, value in whole.state_dict().items() if name != "coarse"}
+    whole.load_state_dict(older)
+    assert not whole.coarse
+
+
+@right
+def test_huge_entries_make_it_rest() -> None:
+    generator, select = torch.Generator().manual_seed(0), BatchTopK()
+    W, bias = rows(generator, 256, 64, 1.0), torch.zeros(256)
+    x = rows(generator, 64, 64, 1.0)
+    x[0, 0] = 1e4  # its token's norm stands for all
+    select.select(x[1:] @ W.T, bias, 2)
+    assert select.select_coarsely(x, W, bias, 2) is None
+    assert select.rest == 100
+    assert select.select_coarsely(x[1:], W, bias, 2) is None
+    assert select.rest == 99
+
+
+def test_a_processor_that_gets_it_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saturating(W_8: Tensor, x_8: Tensor, scale_B: Tensor) -> Tensor:
+        return ((W_8.float() - 128) @ x_8.float().T).clamp(-(2**15), 2**15) * scale_B
+
+    def missing(*_: Tensor) -> Tensor:
+        raise AttributeError("no such operation")
+
+    for broken in (saturating, missing):
+        monkeypatch.setattr(coarse, "_product_of_8", broken)
+        assert not coarse_works.__wrapped__()
