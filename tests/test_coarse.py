@@ -32,7 +32,8 @@ def rows(generator: torch.Generator, count: int, width: int, tail: float) -> Ten
 def test_products_lie_within_the_slack(batch: int, width: int, d_in: int, tail: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x, W = rows(generator, batch, d_in, tail), rows(generator, width, d_in, tail)
-    about = coarse_product(x, W)
+    about = coarse_product(x.T.contiguous().T, W)
+    assert about is not None
     exact = x.double() @ W.double().T
     # A floor at every product itself, a hair below: none may be lost under it.
     for product_F, exact_F in zip(about.product_BF, exact, strict=True):
@@ -106,6 +107,7 @@ def test_a_resumed_run_goes_on_in_int8_bit_for_bit() -> None:
             parts = run_of(False)
             parts.load_state_dict(state)
         parts.step(x)
+    assert parts.coarse
     assert torch.equal(whole.sae.W_enc, parts.sae.W_enc)
     older = {name: value for name, value in whole.state_dict().items() if name != "coarse"}
     whole.load_state_dict(older)
@@ -119,19 +121,56 @@ def test_huge_entries_make_it_rest() -> None:
     x = rows(generator, 64, 64, 1.0)
     x[0, 0] = 1e4  # its token's norm stands for all
     select.select(x[1:] @ W.T, bias, 2)
-    assert select.select_coarsely(x, W, bias, 2) is None
+    for _ in range(3):
+        assert select.rest == 0
+        assert select.select_coarsely(x, W, bias, 2) is None
     assert select.rest == 100
     assert select.select_coarsely(x[1:], W, bias, 2) is None
     assert select.rest == 99
+    select.rest = 0
+    assert select.select_coarsely(x[1:], W, bias, 2) is not None
+
+
+@right
+@pytest.mark.parametrize("broken", ["half", "inf in W", "no cut"])
+def test_what_cannot_be_rounded_is_left_to_others(broken: str) -> None:
+    generator, select = torch.Generator().manual_seed(0), BatchTopK()
+    x, W, bias = rows(generator, 64, 64, 1.0), rows(generator, 256, 64, 1.0), torch.zeros(256)
+    if broken != "no cut":
+        select.select(x @ W.T, bias, 2)
+    if broken == "half":
+        x, W = x.bfloat16(), W.bfloat16()
+    elif broken == "inf in W":
+        W[3, 5] = torch.inf
+    assert select.select_coarsely(x, W, bias, 2) is None
+
+
+@right
+def test_what_one_huge_entry_rounds_off_is_not_lost() -> None:
+    """Each token is a latent's direction and an entry so large that plain rounding would leave nothing of the rest."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.nn.functional.normalize(torch.randn(256, 1024, generator=generator))
+    W[:, 0] = 0
+    x = W[:64].clone()
+    x[:, 0] = 300 * W.abs().max()
+    assert (x[:, 1:].abs() < x[:, :1] / 254).all()
+    about = coarse_product(x, W)
+    assert about is not None
+    floor = about.floor(torch.full((256,), 0.99))
+    assert all(about.product_BF[at, at] > floor[at] for at in range(64))
 
 
 def test_a_processor_that_gets_it_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def saturating(W_8: Tensor, x_8: Tensor, scale_B: Tensor) -> Tensor:
         return ((W_8.float() - 128) @ x_8.float().T).clamp(-(2**15), 2**15) * scale_B
 
+    def as_it_is(x_8: Tensor, rows: int) -> Tensor:
+        return x_8
+
     def missing(*_: Tensor) -> Tensor:
         raise AttributeError("no such operation")
 
+    monkeypatch.setattr(coarse, "_packed", as_it_is)
     for broken in (saturating, missing):
         monkeypatch.setattr(coarse, "_product_of_8", broken)
         assert not coarse_works.__wrapped__()

@@ -121,18 +121,15 @@ def test_no_code_at_all() -> None:
     assert torch.equal(norms(none), torch.zeros(3))
 
 
-@pytest.mark.parametrize("device", ["cpu", "a GPU's, in pieces"])
-def test_dots_of_pairs_of_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, source = torch.randn(5, 3), torch.randn(9, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dots_of_pairs_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes_module, "_PAIRS", 7)
+    rows, source = torch.randn(5, 3).to(dtype), torch.randn(9, 3).to(dtype)
     index, starts = torch.randint(9, (20,)), torch.tensor([0, 0, 7, 8, 20, 20])
-    row = torch.tensor([1] * 7 + [2] + [3] * 12)
-    if device == "cpu":
-        found = row_dots(rows, source, index, starts)
-    else:
-        monkeypatch.setattr(codes_module, "_PAIRS", 7)
-        found = codes_module._row_dots_on_a_gpu(rows, source, index, starts)
-    torch.testing.assert_close(found, (rows[row] * source[index]).sum(1))
-    assert len(row_dots(rows, source, index[:0], torch.zeros(6).long())) == 0
+    expected = (rows[[1] * 7 + [2] + [3] * 12] * source[index]).sum(1)
+    for dots in (row_dots, codes_module._row_dots_by_embedding_bag):  # the second is a GPU's, in pieces
+        torch.testing.assert_close(dots(rows, source, index, starts), expected)
+        assert len(dots(rows, source, index[:0], torch.zeros(6).long())) == 0
 
 
 def test_rows_are_taken_and_joined() -> None:

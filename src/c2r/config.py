@@ -101,7 +101,8 @@ class TrainConfig(Frozen):
     """Fraction of the steps from which the learning rate falls linearly to 0; 1 never."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the encoder's product; weights, selected activations and gradients are fp32 either way. auto: bfloat16 where
-    the machine's products are faster in it, which is measured: always on a GPU, not on most older CPUs."""
+    the machine's products are faster in it, which is measured: always on a GPU, not on most older CPUs. On CPUs with
+    instructions for int8, batch-top-k then has int8 find the candidates among which fp32 decides."""
     device: str = "auto"
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""

@@ -80,13 +80,13 @@ def encode_gated(run: Run[Any], x_BD: Tensor) -> Encoded:
 
 def encode_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
     """The k largest positive of each token."""
-    support = top_k_of_each_token(run.selecting_product(x_BD, by_token=True).add_(run.sae.b_enc), run.k)
+    support = top_k_of_each_token(run.product_by_token(x_BD), run.k)
     return Encoded(Codes(F.relu(run.encode_at(x_BD, support)), support))
 
 
 def encode_abs_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
     """The k of each token that are largest in absolute value, with their sign."""
-    support = top_k_of_each_token(run.selecting_product(x_BD, by_token=True).add_(run.sae.b_enc), run.k, signed=True)
+    support = top_k_of_each_token(run.product_by_token(x_BD), run.k, signed=True)
     return Encoded(Codes(run.encode_at(x_BD, support), support))
 
 

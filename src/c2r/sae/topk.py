@@ -15,8 +15,9 @@ from c2r.tiles import entries_above
 _ROOM = 3.0
 """The floor lies this many usual moves of the cut, and 1 %, below the last cut."""
 _LARGEST_SLACK = 0.1
-_CROWD, _REST = 4, 100
-"""A coarse product that leaves more candidates than so many times B·k does not pay, and rests for so many batches."""
+_CROWD, _SHARE, _FAILURES, _REST = 4, 1 / 32, 3, 100
+"""A coarse product that leaves more candidates than so many times B·k, or than so large a share of all, does not pay.
+After so many batches in a row in which it did not serve, it rests for so many."""
 
 
 class BatchTopK:
@@ -32,8 +33,8 @@ class BatchTopK:
         """The smallest value that the last batch kept."""
         self.move = _LARGEST_SLACK
         """Moving average of the cut's relative change between batches."""
-        self.rest = 0
-        """Batches for which no coarse product is tried."""
+        self.failures = self.rest = 0
+        """Batches in a row for which the coarse product did not serve, and those for which none is tried."""
 
     @torch.no_grad()
     def select(self, product_BF: Tensor, bias_F: Tensor, k: int) -> Support:
@@ -52,26 +53,34 @@ class BatchTopK:
 
     @torch.no_grad()
     def select_coarsely(self, x_BD: Tensor, W_FD: Tensor, bias_F: Tensor, k: int) -> tuple[Support, Tensor] | None:
-        """As `select`, by x·Wᵀ + bias in the precision of W, which come too, `[N]`; int8 finds the few to compute.
+        """As `select`, by x·Wᵀ + bias in fp32, which come too, `[N]`; a product in int8 finds the few to compute.
 
         None where that cannot be, or does not pay: before there is a cut, where the cut fell below the floor, and where
         rounding leaves too many candidates, for tokens or latents with a few huge entries.
         """
-        floor, (batch, width) = self._floor(), (len(x_BD), len(W_FD))
-        if floor is None or self.rest:
-            self.rest = max(0, self.rest - 1)
+        if self.rest:
+            self.rest -= 1
             return None
-        total, coarse = min(batch * k, batch * width), coarse_product(x_BD, W_FD)
+        found = self._best_of_few(x_BD, W_FD, bias_F, min(k, len(W_FD)) * len(x_BD))
+        self.failures = 0 if found else self.failures + 1
+        if self.failures == _FAILURES:
+            self.failures, self.rest = 0, _REST
+        return found
+
+    def _best_of_few(self, x_BD: Tensor, W_FD: Tensor, bias_F: Tensor, total: int) -> tuple[Support, Tensor] | None:
+        floor, (batch, width) = self._floor(), (len(x_BD), len(W_FD))
+        most = min(_CROWD * total, int(_SHARE * batch * width))
+        if floor is None or floor <= 0 or total > most or (coarse := coarse_product(x_BD, W_FD)) is None:
+            return None
         found = entries_above(coarse.product_BF, coarse.floor(floor - bias_F), dim=0)
-        if not total <= len(found.values) <= _CROWD * total:
-            self.rest = _REST if len(found.values) > total else 0
+        if not total <= len(found.values) <= most:
             return None
         places_C = (found.columns * batch + found.rows).sort().values  # latent by latent
         latents_C, tokens_C = places_C // batch, places_C % batch
         values_C = row_dots(W_FD, x_BD, tokens_C, row_starts(latents_C, width)) + bias_F[latents_C]
         best = values_C.topk(total, sorted=False)
         cut = best.values.min().item()
-        if cut < floor:
+        if cut < floor:  # something between the two may be missing
             return None
         self._follow(cut)
         places_N, order_N = (tokens_C * width + latents_C)[best.indices].sort()

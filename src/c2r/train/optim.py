@@ -71,7 +71,8 @@ def project_gradient(W_dec_FD: Tensor) -> None:
     if W_dec_FD.grad is not None:
         most = _ROWS if W_dec_FD.device.type == "cpu" else _ROWS_ON_A_GPU
         for rows_RD, grad_RD in zip(W_dec_FD.split(most), W_dec_FD.grad.split(most), strict=True):
-            along_R = torch.linalg.vecdot(grad_RD, rows_RD) / rows_RD.norm(dim=1).square()
+            with torch.autocast(rows_RD.device.type, enabled=False):
+                along_R = torch.linalg.vecdot(grad_RD, rows_RD) / rows_RD.norm(dim=1).square()
             grad_RD.addcmul_(rows_RD, along_R[:, None], value=-1)
 
 

@@ -17,7 +17,7 @@ from c2r.config import TrainConfig
 from c2r.loss.terms import Encoded, Forward, lp
 from c2r.methods import MatryoshkaConfig, SAEConfig, TopKConfig, group_ends
 from c2r.neighbors import Neighbors, NeighborTable, renewed_rows
-from c2r.recipes import RECIPES
+from c2r.recipes import RECIPES, encode_batch_top_k
 from c2r.sae.base import SAE, Extra
 from c2r.sae.topk import BatchTopK
 from c2r.tiles import quick_dtype
@@ -78,7 +78,8 @@ class Run(Generic[Config]):
         self.optimizer = adam(list(self.sae.parameters()), train.lr)
         given = train.precision
         self.product_dtype = quick_dtype(torch.device(device)) if given == "auto" else getattr(torch, given)
-        self.coarse = given == "auto" and coarse_pays(torch.device(device))
+        batch_top_k = self.recipe.encode is encode_batch_top_k
+        self.coarse = batch_top_k and given == "auto" and coarse_pays(torch.device(device))
         """Whether batch-top-k finds its candidates by a product in int8."""
         self.selector = BatchTopK()
         mode = config.c2r.neighbors if config.c2r else "lagged"
@@ -177,7 +178,7 @@ class Run(Generic[Config]):
         vars(self.selector).update(state["selector"])
         # What "auto" found when the run began, which another machine might not.
         self.product_dtype = self.table.dtype = getattr(torch, state["product"])
-        self.coarse = state.get("coarse", False) and coarse_works()
+        self.coarse = state.get("coarse", False) and device.type == "cpu" and coarse_works()
         for name in _COUNTED:
             value = state[name]
             setattr(self, name, value.to(device, copy=True) if isinstance(value, Tensor) else value)
@@ -200,14 +201,19 @@ class Run(Generic[Config]):
         return F.linear(sae.centred(x_BD).to(low), sae.W_enc.to(low)).float() + sae.b_enc
 
     @torch.no_grad()
-    def selecting_product(self, x_BD: Tensor, *, by_token: bool = False) -> Tensor:
-        """(x − b_dec)·W_enc `[B, F]` in the configured precision, to choose by; with `by_token`, from each row.
+    def selecting_product(self, x_BD: Tensor) -> Tensor:
+        """(x − b_dec)·W_enc `[B, F]` in the configured precision, to choose by; the transpose of a contiguous one.
 
         Without the bias: added by the product, on a CPU it costs a tenth of it.
         """
         sae, low = self.sae, self.product_dtype
-        x_low_BD, W_low_FD = sae.centred(x_BD).to(low), sae.W_enc.to(low)
-        return F.linear(x_low_BD, W_low_FD) if by_token else F.linear(W_low_FD, x_low_BD).T
+        return F.linear(sae.W_enc.to(low), sae.centred(x_BD).to(low)).T
+
+    @torch.no_grad()
+    def product_by_token(self, x_BD: Tensor) -> Tensor:
+        """Pre-activations `[B, F]` in the configured precision, to choose each token's by."""
+        sae, low = self.sae, self.product_dtype
+        return F.linear(sae.centred(x_BD).to(low), sae.W_enc.to(low), sae.b_enc.to(low))
 
     def encode_at(self, x_BD: Tensor, support: Support, values_N: Tensor | None = None) -> Tensor:
         """Pre-activations `[N]` at the chosen places, in fp32 with their gradient; `values_N` if they are known."""
