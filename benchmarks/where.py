@@ -19,10 +19,10 @@ from step import activations, timed
 
 STEPS = 5
 KINDS = {
-    "encoder's product": ("addmm",),
-    "gathered sums and dots: decode, gradients": ("embedding_bag",),
+    "gathered sums and dots: decode, gradients": ("embedding_bag", "sampled_addmm"),
+    "encoder's product": ("addmm", "qlinear"),
     "selection, gathers": ("amax", "gt", "nonzero", "index", "topk", "sort", "searchsorted", "bincount"),
-    "neighbours' product": ("mm", "mv"),
+    "neighbours' product": ("mm",),
     "Adam": ("adam",),
     "casts and copies": ("copy_", "fill_", "zero_", "cat"),
     "norms, projection, sums": ("norm", "mul", "add", "sum", "div", "sub", "pow", "addcmul", "clamp", "where"),
@@ -31,7 +31,7 @@ COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518", "#72b7b2", "#9d
 
 
 def kind_of(operation: str) -> str | None:
-    name = operation.removeprefix("aten::")
+    name = operation.partition("::")[2]
     for kind, parts in KINDS.items():
         if any(name == part or name.strip("_") == part or (len(part) > 3 and part in name) for part in parts):
             return kind
@@ -71,7 +71,7 @@ def main() -> None:
         whole = 1000 * timed(lambda: [run.step(x) for _ in range(STEPS)]) / STEPS
     spent = dict.fromkeys(KINDS, 0.0)
     for event in profiled.key_averages():
-        if event.key.startswith("aten::") and (kind := kind_of(event.key)):
+        if event.key.startswith(("aten::", "onednn::")) and (kind := kind_of(event.key)):
             spent[kind] += event.self_cpu_time_total / 1000 / STEPS
     spent["the rest"] = max(0.0, whole - sum(spent.values()))
     for kind, ms in spent.items():
