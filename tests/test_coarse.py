@@ -13,6 +13,7 @@ from c2r.coarse import coarse_product, coarse_works
 from c2r.config import TrainConfig
 from c2r.methods import BatchTopKConfig, ConsistencyConfig
 from c2r.sae.topk import BatchTopK
+from c2r.train.optim import random_unit_rows
 from c2r.train.run import Run
 
 right = pytest.mark.skipif(not coarse_works(), reason="this processor's products in int8 saturate, or there are none")
@@ -62,6 +63,27 @@ def test_the_exact_set_is_selected(batch: int, width: int, k: int, seed: int) ->
         torch.testing.assert_close(values.sort(descending=True).values, best, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(values, pre[support.tokens_N, support.latents_N], rtol=1e-4, atol=1e-5)
         assert torch.equal(support.tokens_N, support.tokens_N.sort().values)
+
+
+@right
+@pytest.mark.parametrize(("peak", "seed"), [(6.0, 0), (10.0, 0), (10.0, 1)])
+def test_the_bound_holds_where_rounding_to_the_nearest_loses_what_counts(
+    peak: float, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of latents' directions, a quarter of them with one coordinate hundreds of times the others."""
+    W = random_unit_rows(128, 4096, seed)
+    x = torch.rand(64, 128, generator=torch.Generator().manual_seed(seed)).pow(8) @ W
+    x = torch.nn.functional.normalize(x)
+    W[:, 0], x[:16, 0] = 0, peak
+
+    def worst() -> float:
+        about = coarse_product(x, W)
+        assert about is not None
+        return ((about.product_BF - x @ W.T / about.unit_F).abs() / about.slack_F).max().item()
+
+    assert worst() < 0.7
+    monkeypatch.setattr(coarse, "_dither", lambda d_in: (torch.full((d_in,), 0.5), torch.full((d_in,), 128.5)))
+    assert peak < 10 or worst() > 1
 
 
 def batches(count: int) -> list[Tensor]:
