@@ -72,10 +72,10 @@ class BatchTopK:
         most = min(_CROWD * total, int(_SHARE * batch * width))
         if floor is None or floor <= 0 or total > most or (coarse := coarse_product(x_BD, W_FD)) is None:
             return None
-        found = entries_above(coarse.product_BF, coarse.floor(floor - bias_F), dim=0)
+        found = entries_above(coarse.product_FB, coarse.floor(floor - bias_F))
         if not total <= len(found.values) <= most:
             return None
-        places_C = (found.columns * batch + found.rows).sort().values  # latent by latent
+        places_C = (found.rows * batch + coarse.tokens_B[found.columns]).sort().values  # latent by latent
         latents_C, tokens_C = places_C // batch, places_C % batch
         values_C = row_dots(W_FD, x_BD, tokens_C, row_starts(latents_C, width)) + bias_F[latents_C]
         best = values_C.topk(total, sorted=False)

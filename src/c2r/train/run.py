@@ -79,7 +79,7 @@ class Run(Generic[Config]):
         given = train.precision
         self.product_dtype = quick_dtype(torch.device(device)) if given == "auto" else getattr(torch, given)
         batch_top_k = self.recipe.encode is encode_batch_top_k
-        self.coarse = batch_top_k and given == "auto" and coarse_pays(torch.device(device))
+        self.coarse = batch_top_k and given == "auto" and coarse_pays(torch.device(device), config.width, self.config.k)
         """Whether batch-top-k finds its candidates by a product in int8."""
         self.selector = BatchTopK()
         mode = config.c2r.neighbors if config.c2r else "lagged"
