@@ -1,5 +1,7 @@
 """Sparse products equal their dense forms, values and gradients, over random shapes."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -124,12 +126,23 @@ def test_no_code_at_all() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_dots_of_pairs_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codes_module, "_PAIRS", 7)
-    rows, source = torch.randn(5, 3).to(dtype), torch.randn(9, 3).to(dtype)
-    index, starts = torch.randint(9, (20,)), torch.tensor([0, 0, 7, 8, 20, 20])
+    # Whole numbers, whose products and sums are exact in every precision.
+    generator = torch.Generator().manual_seed(0)
+    rows, source = (torch.randint(-4, 5, (size, 3), generator=generator).to(dtype) for size in (5, 9))
+    index, starts = torch.randint(9, (20,), generator=generator), torch.tensor([0, 0, 7, 8, 20, 20])
     expected = (rows[[1] * 7 + [2] + [3] * 12] * source[index]).sum(1)
     for dots in (row_dots, codes_module._row_dots_by_embedding_bag):  # the second is a GPU's, in pieces
-        torch.testing.assert_close(dots(rows, source, index, starts), expected)
+        assert torch.equal(dots(rows, source, index, starts), expected)
         assert len(dots(rows, source, index[:0], torch.zeros(6).long())) == 0
+    sizes, kernel = list[int](), torch.ops.aten._embedding_bag_per_sample_weights_backward
+
+    def counted(rows: Tensor, source: Tensor, index: Tensor, *more: Any) -> Tensor:
+        sizes.append(len(index))
+        return kernel(rows, source, index, *more)
+
+    monkeypatch.setattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", counted)
+    codes_module._row_dots_by_embedding_bag(rows, source, index, starts)
+    assert sizes == [7, 7, 6]
 
 
 def test_rows_are_taken_and_joined() -> None:
