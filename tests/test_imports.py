@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.resources import files
 
 import pytest
 
@@ -30,6 +31,15 @@ def test_the_library_loads_torch_and_nothing_heavier(code: str, torch: bool) -> 
 
 def test_help_does_not_load_torch() -> None:
     assert not loaded_by(HELP).intersection({"torch", "transformers", "datasets"})
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (files("c2r") / "py.typed").is_file()
+
+
+def test_the_module_runs_as_the_command_does() -> None:
+    done = subprocess.run([sys.executable, "-m", "c2r", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("c2r ")
 
 
 def test_these_tests_can_fail() -> None:
