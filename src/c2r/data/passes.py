@@ -59,10 +59,10 @@ class Passes:
         self.notes: list[str] = []
         """What could not be saved, and why; each a sentence for the user."""
         self._before = list(lm.blocks[: lm.layer + (lm.hook == "resid_post")])
-        self._trunk = _trunk(lm)
-        self._rebuild: Callable[[Tensor], Any] | None = None
-        few_RT = ids_RT[: _TRIAL[0], : _TRIAL[1]]
-        expected = lm.logits(few_RT), lm.logits(few_RT, _halved)
+        self._head: tuple[nn.Module, Callable[[Tensor], Any]] | None = None
+        """The part of the model whose output the head reads, and what makes such an output of states."""
+        few_RT = ids_RT[: _TRIAL[0], : _TRIAL[1]].to(lm.device)
+        expected = lm.logits(few_RT), lm.logits(few_RT, _changed)
         self._test_head(few_RT, expected[0])
         self._test_skipping(few_RT, expected)
 
@@ -74,7 +74,7 @@ class Passes:
     @property
     def in_pieces(self) -> bool:
         """Whether the head runs on pieces."""
-        return self._rebuild is not None
+        return self._head is not None
 
     def cut(self, batches: Iterable[Rows]) -> Iterator[Rows]:
         """Batches of as many rows as can be read at once: the given ones, or smaller ones where logits are whole."""
@@ -103,7 +103,7 @@ class Passes:
         return max(_SMALLEST_PIECE, most // self._vocabulary)
 
     def _forward(self, ids_RT: Tensor, replace: Callable[[Tensor], Tensor], saved: Any) -> Tensor:
-        """What the trunk emits `[R, T, E]`, or fp32 logits `[R, T, V]` where the head cannot run on pieces.
+        """The states that the head reads `[R, T, E]`, or fp32 logits `[R, T, V]` where it cannot run on pieces.
 
         Arguments:
             saved: what the last block before the hook returned; None computes them.
@@ -112,51 +112,52 @@ class Passes:
             if saved is not None:
                 for block in self._before:
                     stack.enter_context(_replaced(block, lambda *_, **__: _copied(saved)))
-            if not self.in_pieces:
+            if self._head is None:
                 return self.lm.logits(ids_RT, replace)
-            return _hidden(self._until_head(ids_RT, replace))
+            return _hidden(self._output_of(self._head[0], ids_RT, replace))
 
-    def _until_head(self, ids_RT: Tensor, replace: Callable[[Tensor], Tensor]) -> Any:
-        """What the trunk returns; the head is not run."""
-        assert self._trunk is not None
+    def _output_of(self, trunk: nn.Module, ids_RT: Tensor, replace: Callable[[Tensor], Tensor]) -> Any:
+        """What `trunk` returns in a pass; the rest of the pass is not run."""
         seen: list[Any] = []
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             seen.append(output)
             raise _AtHead
 
-        handle = self._trunk.register_forward_hook(keep)
+        handle = trunk.register_forward_hook(keep)
         try:
             with self.lm.replacing(replace), contextlib.suppress(_AtHead):
                 self.lm.model(input_ids=ids_RT, use_cache=False)
         finally:
             handle.remove()
+        if not seen:
+            raise ValueError(f"{type(trunk).__name__} is not called as a whole")
         return seen[0]
 
     def head(self, final_pE: Tensor) -> Tensor:
-        """Logits, fp32 `[p, V]`, of what the trunk emitted."""
-        assert self._trunk is not None
-        assert self._rebuild is not None
-        output = self._rebuild(final_pE[None])
+        """Logits, fp32 `[p, V]`, of states that the head reads."""
+        assert self._head is not None
+        trunk, output_of = self._head
+        output = output_of(final_pE[None])
         ids_1p = torch.zeros(1, len(final_pE), dtype=torch.long, device=final_pE.device)
-        with _replaced(self._trunk, lambda *_, **__: output):
+        with _replaced(trunk, lambda *_, **__: output):
             return self.lm.model(input_ids=ids_1p, use_cache=False).logits[0].float()
 
     def _test_head(self, few_RT: Tensor, expected_RTV: Tensor) -> None:
-        """Turn pieces on if the head gives the model's own logits on them."""
+        """Find the part of the model that a head follows which gives the model's own logits on pieces."""
         reason = "no part of the model holds all of its blocks"
-        if self._trunk is not None:
+        for trunk in _holding_blocks(self.lm):
             try:
-                output = self._until_head(few_RT.to(self.lm.device), _same)
-                self._rebuild = partial(_with_hidden, output)
+                output = self._output_of(trunk, few_RT, _same)
+                self._head = trunk, partial(_with_hidden, output)
                 final_nE = _hidden(output).flatten(0, 1)
-                found = torch.cat([self.head(final_pE) for final_pE in final_nE.split(len(final_nE) // 2 + 1)])
-                reason = self._difference([found.view_as(expected_RTV)], [expected_RTV])
+                found_nV = torch.cat([self.head(final_pE) for final_pE in final_nE.split(len(final_nE) // 2 + 1)])
+                reason = self._difference([found_nV], [expected_RTV.flatten(0, 1)])
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
             if not reason:
                 return
-        self._rebuild = None
+        self._head = None
         self.notes.append(
             f"the output head of {type(self.lm.model).__name__} cannot be run on a few positions ({reason}): logits "
             "are computed for whole rows, which takes more memory and time"
@@ -169,7 +170,7 @@ class Passes:
         try:
             scored_RT = torch.ones_like(few_RT, dtype=torch.bool)
             first = self.read(few_RT, scored_RT)
-            finals = [first.final(first.hidden_RTD), first.final(_halved(first.hidden_RTD))]
+            finals = [first.final(first.hidden_RTD), first.final(_changed(first.hidden_RTD))]
             found = [torch.cat([logits(final) for _, logits in first.pieces()]) for final in finals]
             reason = self._difference(found, [logits_RTV.flatten(0, 1) for logits_RTV in expected])
         except Exception as error:
@@ -213,7 +214,7 @@ class Pass:
 
     def final(self, hidden_RTD: Tensor) -> Tensor:
         """The final state of a pass in which the hook emits `hidden_RTD`; `pieces` makes logits of it."""
-        return self._kept(self.passes._forward(self.ids_RT, lambda _: hidden_RTD, self._saved))
+        return self._kept(self.passes._forward(self.ids_RT, lambda _: hidden_RTD.clone(), self._saved))
 
     def pieces(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
         """Pieces of the n scored positions, each with what makes fp32 logits `[p, V]` there of a pass' final state."""
@@ -247,11 +248,15 @@ class Pass:
             handle.remove()
 
 
-def _trunk(lm: LanguageModel) -> nn.Module | None:
-    """The model's part that holds the blocks; the rest is the head."""
-    first = lm.blocks[0]
-    holding = [child for child in lm.model.children() if any(module is first for module in child.modules())]
-    return holding[0] if holding and holding[0] is not lm.blocks else None
+def _holding_blocks(lm: LanguageModel) -> Iterator[nn.Module]:
+    """The model's parts that hold the blocks, from the largest on."""
+    module, first = lm.model, lm.blocks[0]
+    while True:
+        holding = [child for child in module.children() if any(part is first for part in child.modules())]
+        if not holding or holding[0] is lm.blocks:
+            return
+        module = holding[0]
+        yield module
 
 
 def _hidden(output: Any) -> Tensor:
@@ -293,5 +298,5 @@ def _same(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _halved(hidden: Tensor) -> Tensor:
-    return hidden * 0.5
+def _changed(hidden: Tensor) -> Tensor:
+    return hidden.roll(1, -1)
