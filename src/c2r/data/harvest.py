@@ -148,12 +148,21 @@ class LanguageModel:
             self.model(**inputs)
         return seen[0]
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, in their order."""
+        return _blocks(self.model)
+
+    def replacing(self, replace: Replace) -> contextlib.AbstractContextManager[None]:
+        """While entered, the hook's output passes through `replace`, whose result takes its place."""
+        return _hooked(self._module, self.hook, replace)
+
     @torch.no_grad()
     def logits(self, ids_RT: Tensor, replace: Replace | None = None) -> Tensor:
         """The model's logits, fp32 `[R, T, V]`, with the hook's output replaced by `replace` of it."""
         if replace is None:
             return self.model(input_ids=ids_RT.to(self.device), use_cache=False).logits.float()
-        with _hooked(self._module, self.hook, replace):
+        with self.replacing(replace):
             return self.model(input_ids=ids_RT.to(self.device), use_cache=False).logits.float()
 
 

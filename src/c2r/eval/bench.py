@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,9 +28,28 @@ from c2r.data.harvest import LanguageModel
 from c2r.data.tokens import Rows, packed_rows
 from c2r.eval.judge import JudgeConfig
 from c2r.eval.results import Metrics
+from c2r.progress import progress_bar
 from c2r.sae.base import SAE
 
+__all__ = [  # with what evaluations need of other modules
+    "FAILURES",
+    "Bench",
+    "Cache",
+    "Evaluation",
+    "ModelFree",
+    "Outcome",
+    "Setting",
+    "Tensors",
+    "TextActivations",
+    "each",
+    "failure",
+    "progress_bar",
+    "rows_digest",
+]
+
 Tensors = dict[str, Tensor]
+_POSITIONS = 4096
+"""Most positions of a batch of rows, so that a model's states of a batch are not large."""
 FAILURES = (ValueError, RuntimeError, ArithmeticError, OSError)
 """What an SAE, a text or the machine may be at fault for, and what ends one evaluation alone. Anything else is our
 fault, and is shown whole."""
@@ -135,9 +153,7 @@ class Bench:
 
     def rows(self) -> Iterator[Rows]:
         """The held-out text in batches of rows, until `tokens` real ones have passed."""
-        # Logits are the largest thing here: rows so many that a batch of them has at most 2²⁶ numbers.
-        vocabulary = self.lm.model.config.get_text_config().vocab_size
-        size = max(1, min(16, 2**26 // (self.data.context * vocabulary)))
+        size = max(1, min(16, _POSITIONS // self.data.context))
         seen = 0
         for part in packed_rows(self.data, self.lm.tokenizer, seed=self.seed, held_out=True, rows=size):
             yield part
@@ -219,14 +235,3 @@ def each(
 def failure(name: str, evaluation: str, error: Exception) -> Outcome:
     """The outcome of an evaluation that raised `error`."""
     return Outcome(name, evaluation, error=f"{type(error).__name__}: {error}")
-
-
-def progress_bar(console: Console) -> Progress:
-    """Description, bar, percentage, time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-    )

@@ -1,39 +1,35 @@
 """Core evaluation: fidelity, sparsity and health of SAEs on text, with sums in float64.
 
 Positions that are BOS, EOS or padding are left out throughout: they are not reconstructed, not ablated and not
-scored. SAEs are evaluated in their inference form (batch-top-k with its learned threshold).
+scored. Outliers, tokens whose norm is beyond what the SAE's training kept (`c2r.data.counting`), are neither
+reconstructed nor ablated for that SAE, and not in its figures of reconstruction and sparsity; the same figures over
+all tokens are given beside them. SAEs are evaluated in their inference form (batch-top-k with its learned threshold).
 
-R rows · T positions in a context · D width of the activations · F latents · V vocabulary · n real tokens.
+R rows · T positions in a context · D width of the activations · F latents · V vocabulary · n real tokens · p positions
+of a piece.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+from rich.markup import escape
 from torch import Tensor
 from torch.nn import functional as F
 
+from c2r.data.counting import Counting, counting_of
 from c2r.data.harvest import LanguageModel
+from c2r.data.passes import Pass, Passes
 from c2r.data.tokens import Rows
 from c2r.eval.bench import FAILURES, Bench, Outcome, failure, progress_bar
+from c2r.eval.fidelity import Fidelity
 from c2r.eval.results import Histogram, Metrics, histogram
 from c2r.neighbors import nearest_neighbors
 from c2r.sae.base import SAE
 
-_SUMS: tuple[str, ...] = (
-    "square",
-    "error",
-    "cosine",
-    "norm_in",
-    "norm_out",
-    "norm_ratio",
-    "inner",
-    "hat_square",
-    "l0",
-    "l1",
-)
 _CATEGORIES = {
     "reconstruction_quality": ("explained_variance", "explained_variance_legacy", "fvu", "mse", "cossim"),
     "shrinkage": ("l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias"),
@@ -48,107 +44,107 @@ _CATEGORIES = {
         "frac_alive",
     ),
 }
+_WITH_OUTLIERS = ("explained_variance", "fvu", "mse", "cossim", "l0", "l1", "frac_alive")
 
 
 class CoreResult(NamedTuple):
     """The core evaluation of one SAE."""
 
     core: Metrics
-    """In SAEBench's categories."""
+    """In SAEBench's categories, and `with_outliers`."""
     density: Histogram
     """log10 of P(z > 0), dead latents left out."""
 
 
-class Fidelity:
-    """Running sums over tokens that give every figure of reconstruction, sparsity and density of one SAE."""
-
-    def __init__(self, width: int, d_in: int) -> None:
-        self.tokens = 0
-        self.sum_D = torch.zeros(d_in, dtype=torch.float64)
-        self.sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
-        self.legacy_error, self.legacy_batches = 0.0, 0
-        self.fired_F = torch.zeros(width, dtype=torch.float64)
-
-    def add(self, x_nD: Tensor, x_hat_nD: Tensor, acts_nF: Tensor) -> None:
-        """Count one batch of tokens."""
-        x, x_hat = x_nD.double(), x_hat_nD.double()
-        error_n, square_n = (x - x_hat).square().sum(1), x.square().sum(1)
-        self.tokens += len(x)
-        self.sum_D += x.sum(0).cpu()
-        parts = {
-            "square": square_n,
-            "error": error_n,
-            "cosine": F.cosine_similarity(x, x_hat, dim=1),
-            "norm_in": square_n.sqrt(),
-            "norm_out": x_hat.norm(dim=1),
-            "norm_ratio": x_hat.norm(dim=1) / square_n.sqrt().clamp(min=1e-12),
-            "inner": (x * x_hat).sum(1),
-            "hat_square": x_hat.square().sum(1),
-            "l0": (acts_nF != 0).sum(1),
-            "l1": acts_nF.abs().sum(1, dtype=torch.float64),
-        }
-        for name, values in parts.items():
-            self.sums[name] += values.sum().item()
-        self.fired_F += (acts_nF != 0).sum(0).cpu()
-        # SAEBench 0.6.0's figure, kept for comparison with published tables: per token, against the batch's mean.
-        spread_n = (x - x.mean(0)).square().sum(1)
-        self.legacy_error += (1 - error_n / spread_n.clamp(min=1e-12)).mean().item()
-        self.legacy_batches += 1
-
-    def metrics(self) -> dict[str, float]:
-        """EV = 1 − Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ over all tokens; and the rest."""
-        n = self.tokens
-        mean = {name: value / n for name, value in self.sums.items()}
-        variance = mean["square"] - (self.sum_D / n).square().sum().item()
-        fvu = mean["error"] / variance if variance > 0 else float("nan")
-        return {
-            "tokens": n,
-            "explained_variance": 1 - fvu,
-            "fvu": fvu,
-            "explained_variance_legacy": self.legacy_error / self.legacy_batches,
-            "mse": mean["error"],
-            "cossim": mean["cosine"],
-            "l2_norm_in": mean["norm_in"],
-            "l2_norm_out": mean["norm_out"],
-            "l2_ratio": mean["norm_ratio"],
-            "relative_reconstruction_bias": mean["hat_square"] / mean["inner"] if mean["inner"] else float("nan"),
-            "l0": mean["l0"],
-            "l1": mean["l1"],
-            **self._densities(),
-        }
-
-    def _densities(self) -> dict[str, float]:
-        density_F, figures = self.density_F, {}
-        for percent in (1, 10):
-            frequent = density_F > percent / 100
-            share = density_F[frequent].sum() / density_F.sum().clamp(min=1e-12)
-            figures[f"freq_over_{percent}_percent"] = frequent.double().mean().item()
-            figures[f"normalized_freq_over_{percent}_percent"] = share.item()
-        return figures | {"frac_alive": (density_F > 0).double().mean().item()}
-
-    @property
-    def density_F(self) -> Tensor:
-        """P(z > 0) of each latent, `[F]`."""
-        return self.fired_F / self.tokens
-
-
 class Behaviour:
-    """Running sums of cross-entropy and KL against the clean model for one way of replacing the hook's output."""
+    """Sums of cross-entropy and KL against the clean model for one way of replacing the hook's output."""
 
     def __init__(self) -> None:
         self.ce = self.kl = 0.0
-        self.tokens = self.positions = 0
 
-    def add(self, logits_RTV: Tensor, clean_RTV: Tensor, rows: Rows) -> None:
-        """Score KL at every real position, cross-entropy at those whose next token is real too."""
-        ids, real = rows.ids.to(logits_RTV.device), rows.real.to(logits_RTV.device)
-        log_p, log_clean = (logits[real].log_softmax(-1) for logits in (logits_RTV, clean_RTV))
-        followed = F.pad(real[:, :-1] & real[:, 1:], (0, 1))
-        next_ids = ids.roll(-1, 1)[followed]
-        self.ce += F.nll_loss(log_p[followed[real]], next_ids, reduction="sum").double().item()
-        self.kl += (log_clean.exp() * (log_clean - log_p)).sum(-1).double().sum().item()
-        self.tokens += int(followed.sum())
-        self.positions += int(real.sum())
+    def add(self, score: Tensor) -> None:
+        """Count what `Reference.score` found."""
+        ce, kl = score.tolist()
+        self.ce += ce
+        self.kl += kl
+
+
+class Reference:
+    """What the clean model predicts at p positions, with which other passes are compared.
+
+    Arguments:
+        logits_pV: of the clean model, fp32.
+        next_p: the token that follows each position.
+        followed_p: bool, whether that is a real token; cross-entropy counts there alone.
+    """
+
+    def __init__(self, logits_pV: Tensor, next_p: Tensor, followed_p: Tensor) -> None:
+        self.log_pV = logits_pV.log_softmax(-1)
+        self.probabilities_pV = self.log_pV.exp()
+        self.next_p, self.followed_p = next_p, followed_p
+
+    def clean(self) -> Tensor:
+        """Sums of cross-entropy and KL, float64 `[2]`, of the clean model itself."""
+        ce = self._cross_entropy(self.log_pV)
+        return torch.stack([ce, torch.zeros_like(ce)])
+
+    def score(self, logits_pV: Tensor) -> Tensor:
+        """The same of another pass, whose fp32 logits these are."""
+        log_pV = logits_pV.log_softmax(-1)
+        ce = self._cross_entropy(log_pV)
+        minus_kl_p = log_pV.sub_(self.log_pV).mul_(self.probabilities_pV).sum(-1)
+        return torch.stack([ce, -minus_kl_p.double().sum()])
+
+    def _cross_entropy(self, log_pV: Tensor) -> Tensor:
+        at_next_p = log_pV.gather(-1, self.next_p[:, None])[:, 0]
+        return -at_next_p[self.followed_p].double().sum()
+
+
+class Ablation(NamedTuple):
+    """A pass with the hook's output set to 0 at some of the real positions."""
+
+    counts_n: Tensor
+    """Which of them."""
+    final: Tensor
+
+
+class Subject:
+    """One SAE under evaluation, and its sums."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae, self.counting = sae, counting_of(sae.config)
+        self.counted, self.outliers = (Fidelity(sae.width, sae.d_in) for _ in range(2))
+        self.spliced, self.zero = Behaviour(), Behaviour()
+
+    def splice(self, first: Pass, x_nD: Tensor, counts_n: Tensor) -> Tensor:
+        """Count the real tokens' activations, and return the final state of the pass with the SAE in place."""
+        x_hat_cD = self.counted.reconstruct(self.sae, x_nD[counts_n])
+        self.outliers.reconstruct(self.sae, x_nD[~counts_n])
+        hidden_RTD = first.hidden_RTD.clone()
+        hidden_RTD[_at(first.scored_RT, counts_n)] = x_hat_cD.to(hidden_RTD.dtype)
+        return first.final(hidden_RTD)
+
+    def result(self, clean: Behaviour, positions: int, followed: int) -> CoreResult:
+        """All figures.
+
+        Raises:
+            ValueError: every token is an outlier.
+        """
+        if self.counted.tokens == 0:
+            raise ValueError(
+                f"all {self.outliers.tokens:,} tokens are outliers, their norms are above {self.counting.max_norm:.4g} "
+                "(c2r.state.max_norm in cfg.json); was the SAE trained on another language model?"
+            )
+        figures = self.counted.metrics() | _neighbor_cosines(self.sae)
+        everything = self.counted.joined(self.outliers).metrics()
+        metrics = _in_categories(figures, self.spliced, clean, self.zero, positions, followed) | {
+            "with_outliers": {
+                "total_tokens": everything["tokens"],
+                "outlier_tokens": self.outliers.tokens,
+                **{name: everything[name] for name in _WITH_OUTLIERS},
+            }
+        }
+        return CoreResult(metrics, histogram(self.counted.density_F.log10(), -6, 0))
 
 
 @torch.no_grad()
@@ -157,14 +153,17 @@ def evaluate_core(
     saes: dict[str, SAE],
     rows: Iterable[Rows],
     *,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Callable[[float], None] = lambda tokens: None,
     failed: dict[str, Exception] | None = None,
+    say: Callable[[str], None] = lambda note: None,
 ) -> dict[str, CoreResult]:
-    """Evaluate SAEs on the same rows; the model's clean pass, which gives the activations, and the zero-ablated one are
-    shared.
+    """Evaluate SAEs on the same rows. All share the model's clean pass, which gives the activations and the state at
+    the hook, and those with the same outliers share the zero-ablated one. A result does not depend on the other SAEs.
 
     Arguments:
+        progress: called with how many more tokens are done; parts of a batch count as fractions.
         failed: takes what an SAE raises, which is then left out; None: it ends the evaluation.
+        say: called with what the model does not allow to save, see `Passes`.
 
     Raises:
         ValueError: an SAE of another width than the model's activations, or rows without a real token.
@@ -172,56 +171,79 @@ def evaluate_core(
     for name, sae in saes.items():
         if sae.d_in != lm.d_in:
             raise ValueError(f"{name}: the SAE reads activations of width {sae.d_in}, the model's have {lm.d_in}")
-    saes = dict(saes)
-    clean, zero = Behaviour(), Behaviour()
-    fidelity = {name: Fidelity(sae.width, sae.d_in) for name, sae in saes.items()}
-    spliced = {name: Behaviour() for name in saes}
-    for part in rows:
-        real = part.real.to(lm.device)
-        if not real.any():
-            continue
-        seen: list[Tensor] = []
-        clean_RTV = lm.logits(part.ids, _keep(seen, real))
-        clean.add(clean_RTV, clean_RTV, part)
-        zero.add(lm.logits(part.ids, lambda h, real=real: h.masked_fill(real[..., None], 0)), clean_RTV, part)
-        x_nD = seen[0]
-        for name, sae in list(saes.items()):
+    subjects, clean = {name: Subject(sae) for name, sae in saes.items()}, Behaviour()
+    positions = followed = 0
+
+    def drop(name: str, error: Exception) -> None:
+        if failed is None:
+            raise error
+        failed[name] = error.with_traceback(None)  # which would keep its tensors
+        del subjects[name]
+
+    for first in _passes(lm, rows, say):
+        real_RT = first.scored_RT
+        followed_RT = F.pad(real_RT[:, :-1] & real_RT[:, 1:], (0, 1))
+        next_n, followed_n = first.ids_RT.roll(-1, 1)[real_RT], followed_RT[real_RT]
+        positions, followed = positions + len(next_n), followed + int(followed_n.sum())
+        share = len(next_n) / (len(subjects) + 2)
+        x_nD = first.hidden_RTD[real_RT].float()
+        spliced: dict[str, Tensor] = {}
+        ablations: list[Ablation] = []
+        ablated: dict[str, int] = {}
+        for name, subject in list(subjects.items()):
             try:
-                acts_nF = sae.encode(x_nD)
-                x_hat_nD = sae.decode(acts_nF)
-                fidelity[name].add(x_nD, x_hat_nD, acts_nF)
-                spliced[name].add(lm.logits(part.ids, _splice(x_hat_nD, real)), clean_RTV, part)
+                counts_n = subject.counting.of(x_nD)
+                spliced[name] = subject.splice(first, x_nD, counts_n)
+                ablated[name] = _ablation(first, counts_n, ablations)
             except FAILURES as error:
-                if failed is None:
-                    raise
-                failed[name] = error.with_traceback(None)  # which would keep its tensors
-                del saes[name]
-        progress(int(part.real.sum()))
-    if clean.tokens == 0:
+                drop(name, error)
+            progress(share)
+        for at, logits in first.pieces():
+            reference = Reference(logits(first.clean), next_n[at], followed_n[at])
+            clean.add(reference.clean())
+            zero = [reference.score(logits(ablation.final)) for ablation in ablations]
+            for name, subject in list(subjects.items()):
+                try:
+                    subject.spliced.add(reference.score(logits(spliced[name])))
+                    subject.zero.add(zero[ablated[name]])
+                except FAILURES as error:
+                    drop(name, error)
+        progress(2 * share)
+        if not subjects:
+            return {}
+    if followed == 0:
         raise ValueError("data: the evaluation's text holds no token besides BOS, EOS and padding")
-    return {
-        name: CoreResult(
-            _in_categories(fidelity[name].metrics() | _neighbor_cosines(sae), spliced[name], clean, zero),
-            histogram(fidelity[name].density_F.log10(), -6, 0),
-        )
-        for name, sae in saes.items()
-    }
+    results: dict[str, CoreResult] = {}
+    for name, subject in list(subjects.items()):
+        try:
+            results[name] = subject.result(clean, positions, followed)
+        except FAILURES as error:
+            drop(name, error)
+    return results
 
 
 def run_core(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
     """The core evaluation on the bench's text, all SAEs in one pass."""
     failed: dict[str, Exception] = {}
     with progress_bar(bench.console) as bar:
-        task = bar.add_task("core evaluation", total=bench.tokens)
+        task = bar.add_task("core evaluation", total=bench.tokens, unit="tokens")
         results = evaluate_core(
-            bench.lm, saes, bench.rows(), progress=lambda count: bar.update(task, advance=count), failed=failed
+            bench.lm,
+            saes,
+            bench.rows(),
+            progress=lambda count: bar.advance(task, count),
+            failed=failed,
+            say=lambda note: bench.console.print(f"[yellow]{escape(note)}[/]"),
         )
     for name, error in failed.items():
         yield failure(name, "core", error)
     for name, result in results.items():
-        seen = result.core["token_stats"]["total_tokens_eval_sparsity_variance"]
+        seen = result.core["with_outliers"]["total_tokens"]
         if seen < bench.tokens:
-            bench.console.print(f"[yellow]{name}: the text ended after {seen:,} of {bench.tokens:,} tokens[/]")
+            bench.console.print(f"[yellow]{escape(name)}: the text ended after {seen:,} of {bench.tokens:,} tokens[/]")
+        counting = counting_of(saes[name].config)
+        if note := _of_outliers(result, counting):
+            bench.console.print(f"[yellow]{escape(name)}: {note}[/]")
         yield Outcome(
             name,
             "core",
@@ -232,9 +254,50 @@ def run_core(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
                 "l0": result.core["sparsity"]["l0"],
                 "alive": result.core["misc_metrics"]["frac_alive"],
             },
-            config={"tokens": seen},
+            config={"tokens": seen, "max_norm": counting.max_norm},
             unstructured={"log10_density": result.density},
         )
+
+
+def _of_outliers(result: CoreResult, counting: Counting) -> str:
+    """What the user has to know of outliers; empty if there are none."""
+    every = result.core["with_outliers"]
+    if not every["outlier_tokens"]:
+        return ""
+    return (
+        f"{every['outlier_tokens']:,} of {every['total_tokens']:,} tokens are outliers (norm above "
+        f"{counting.max_norm:.4g}), which training left out; so do these figures. Over all tokens EV is "
+        f"{every['explained_variance']:.4f} (with_outliers in the result file)"
+    )
+
+
+def _passes(lm: LanguageModel, rows: Iterable[Rows], say: Callable[[str], None]) -> Iterator[Pass]:
+    """The first pass over each batch of rows with a real token."""
+    batches = iter(rows)
+    opening = next(batches, None)
+    if opening is None:
+        return
+    passes = Passes(lm, opening.ids)
+    for note in passes.notes:
+        say(note)
+    for part in passes.cut(itertools.chain([opening], batches)):
+        if part.real.any():
+            yield passes.read(part.ids, part.real)
+
+
+def _ablation(first: Pass, counts_n: Tensor, ablations: list[Ablation]) -> int:
+    """Which of `ablations` sets the tokens that count to 0; it is run and added where none does yet."""
+    for place, ablation in enumerate(ablations):
+        if torch.equal(ablation.counts_n, counts_n):
+            return place
+    zeroed_RTD = first.hidden_RTD.masked_fill(_at(first.scored_RT, counts_n)[..., None], 0)
+    ablations.append(Ablation(counts_n, first.final(zeroed_RTD)))
+    return len(ablations) - 1
+
+
+def _at(real_RT: Tensor, counts_n: Tensor) -> Tensor:
+    """Bool `[R, T]`: the real positions that count."""
+    return real_RT.masked_scatter(real_RT, counts_n)
 
 
 def _neighbor_cosines(sae: SAE) -> dict[str, float]:
@@ -243,30 +306,15 @@ def _neighbor_cosines(sae: SAE) -> dict[str, float]:
     return {f"average_max_{k}_cosine_sim": nearest_neighbors(w).cosine.mean().item() for k, w in weights.items()}
 
 
-def _keep(seen: list[Tensor], real: Tensor) -> Callable[[Tensor], Tensor]:
-    """Leave the hook's output as it is, and append its real positions, fp32 `[n, D]`, to `seen`."""
+def _in_categories(
+    figures: dict[str, float], sae: Behaviour, clean: Behaviour, zero: Behaviour, positions: int, followed: int
+) -> Metrics:
+    """SAEBench's categories and keys; a score is 1 for the clean model and 0 for zero ablation.
 
-    def look(hidden: Tensor) -> Tensor:
-        seen.append(hidden[real].float())
-        return hidden
-
-    return look
-
-
-def _splice(x_hat_nD: Tensor, real: Tensor) -> Callable[[Tensor], Tensor]:
-    def replace(hidden: Tensor) -> Tensor:
-        hidden = hidden.clone()
-        hidden[real] = x_hat_nD.to(hidden.dtype)
-        return hidden
-
-    return replace
-
-
-def _in_categories(figures: dict[str, float], sae: Behaviour, clean: Behaviour, zero: Behaviour) -> Metrics:
-    """SAEBench's categories and keys; a score is 1 for the clean model and 0 for zero ablation."""
-    n = clean.tokens
-    ce, ce_clean, ce_zero = sae.ce / n, clean.ce / n, zero.ce / n
-    kl, kl_zero = sae.kl / sae.positions, zero.kl / zero.positions
+    KL is a mean over `positions`, cross-entropy over those that are `followed` by a real token.
+    """
+    ce, ce_clean, ce_zero = (behaviour.ce / followed for behaviour in (sae, clean, zero))
+    kl, kl_zero = sae.kl / positions, zero.kl / positions
     return {
         "model_behavior_preservation": {
             "kl_div_score": (kl_zero - kl) / kl_zero if kl_zero else float("nan"),
@@ -281,7 +329,7 @@ def _in_categories(figures: dict[str, float], sae: Behaviour, clean: Behaviour, 
         },
         **{category: {name: figures[name] for name in names} for category, names in _CATEGORIES.items()},
         "token_stats": {
-            "total_tokens_eval_reconstruction": clean.tokens,
+            "total_tokens_eval_reconstruction": followed,
             "total_tokens_eval_sparsity_variance": int(figures["tokens"]),
         },
     }

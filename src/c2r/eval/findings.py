@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from c2r.eval.cofiring import Cofiring
-from c2r.eval.core import Fidelity
+from c2r.eval.fidelity import Fidelity
 from c2r.neighbors import nearest_neighbors, unit_rows
 from c2r.penalty import lambda_of_strength, penalty_from_norms
 from c2r.sae.base import SAE

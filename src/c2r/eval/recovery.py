@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from c2r.data.features import known_features
 from c2r.data.synthetic import KnownFeatures, Sample
 from c2r.eval.bench import Outcome, Setting, each, progress_bar
-from c2r.eval.core import Fidelity
+from c2r.eval.fidelity import Fidelity
 from c2r.eval.stability import matched_cosine
 from c2r.presets import SyntheticConfig, of_preset
 from c2r.sae.base import SAE
