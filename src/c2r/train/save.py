@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from c2r.config import RunConfig
 from c2r.interop.saelens import save_sae
 from c2r.penalty import lambda_of_strength, strength_of_lambda
+from c2r.presets import SyntheticConfig
 from c2r.train.checkpoint import bytes_of, cannot_write
 from c2r.train.run import Run
 from c2r.train.source import Source
@@ -31,7 +32,9 @@ def save_run(
     folder, point = config.output / run.config.name, config.point(run.config)
     metadata = source.metadata_of(run.config) | {"training_architecture": run.config.method}
     scale, median_norm = source.stream.scale[point], source.stream.median_norm[point]
-    state = {"tokens": tokens, "stopped": stopped, "scale": scale, "median_norm": median_norm}
+    multiple = None if isinstance(config.data, SyntheticConfig) else config.stream.max_norm_multiple
+    max_norm = None if multiple is None else multiple * median_norm
+    state = {"tokens": tokens, "stopped": stopped, "scale": scale, "median_norm": median_norm, "max_norm": max_norm}
     ours = {
         "model": source.model_of(run.config),
         "seed": config.seed,
