@@ -75,7 +75,7 @@ class LeftOut(NamedTuple):
 
 def counting_rules(median: Mapping[Point, float], multiple: float | None) -> dict[Point, Counting]:
     """The rule at each hook point of a run: at most `multiple` times its median norm; None leaves out nothing."""
-    return {point: Counting(None if multiple is None else multiple * norm, norm) for point, norm in median.items()}
+    return {point: Counting(None if multiple is None else norm * multiple, norm) for point, norm in median.items()}
 
 
 def counts_at_all(rules: Mapping[Point, Counting], norms: Mapping[Point, Tensor]) -> Tensor:

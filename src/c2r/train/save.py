@@ -33,8 +33,8 @@ def save_run(
     metadata = source.metadata_of(run.config) | {"training_architecture": run.config.method}
     scale, median_norm = source.stream.scale[point], source.stream.median_norm[point]
     multiple = None if isinstance(config.data, SyntheticConfig) else config.stream.max_norm_multiple
-    max_norm = None if multiple is None else multiple * median_norm
-    state = {"tokens": tokens, "stopped": stopped, "scale": scale, "median_norm": median_norm, "max_norm": max_norm}
+    state = {"tokens": tokens, "stopped": stopped, "scale": scale, "median_norm": median_norm}
+    state["max_norm"] = None if multiple is None else median_norm * multiple  # see `c2r.data.counting`
     ours = {
         "model": source.model_of(run.config),
         "seed": config.seed,
