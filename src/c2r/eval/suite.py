@@ -20,7 +20,7 @@ from c2r.eval.autointerp import NEEDED, run_autointerp
 from c2r.eval.bench import FAILURES, Bench, Cache, Evaluation, ModelFree, Outcome, Setting, failure
 from c2r.eval.core import run_core
 from c2r.eval.first_letter_absorption import AbsorptionEvaluation, run_absorption
-from c2r.eval.judge import JudgeConfig
+from c2r.eval.judge import JudgeConfig, endpoint_of
 from c2r.eval.origin import model_of, text_of_all
 from c2r.eval.probing import run_probing
 from c2r.eval.recovery import run_recovery
@@ -101,8 +101,10 @@ def evaluate(
     for suite in suites:
         if suite not in SUITES | MODEL_FREE:
             raise ValueError(f"--suite: got {suite!r}; accepted are {', '.join(SUITES | MODEL_FREE)}")
-    if "autointerp" in suites and judge is None:
-        raise ValueError(NEEDED)
+    if "autointerp" in suites:
+        if judge is None:
+            raise ValueError(NEEDED)
+        endpoint_of(judge)
     if any(suite.startswith(PREFIX) for suite in suites):
         check_installed()
     if tokens < 1:
