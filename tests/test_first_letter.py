@@ -26,7 +26,8 @@ from c2r.eval.first_letter import (
     token_rows,
     words_of,
 )
-from c2r.eval.first_letter_absorption import AbsorptionEvaluation, interval_95, run_absorption
+from c2r.eval.first_letter_absorption import AbsorptionEvaluation, run_absorption
+from c2r.eval.intervals import interval_95
 from c2r.eval.results import write_result
 from c2r.eval.suite import evaluate
 from c2r.sae.base import SAE

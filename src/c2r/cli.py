@@ -88,6 +88,7 @@ def evaluate(
     judge_latents: int = 100,
     judge_options: str | None = None,
     max_requests: int | None = None,
+    key_in_clear: bool = False,
 ) -> None:
     """Evaluate SAE folders, c2r's or SAELens's: one JSON an evaluation and SAE, and a table.
 
@@ -112,6 +113,7 @@ def evaluate(
         judge_latents: For autointerp: latents of each SAE, two requests each.
         judge_options: For autointerp: further fields of a request as a JSON object, such as '{"temperature": 0}'.
         max_requests: For autointerp: refuse, before the first request, what would take more.
+        key_in_clear: For autointerp: let the key be sent to another machine over http.
     """
     from c2r.eval.first_letter_absorption import absorption_of
     from c2r.eval.judge import judge_of
@@ -134,7 +136,7 @@ def evaluate(
             seed=seed,
             device=device,
             trust_remote_code=trust_remote_code,
-            judge=judge_of(judge_url, judge_model, judge_latents, judge_options, max_requests),
+            judge=judge_of(judge_url, judge_model, judge_latents, judge_options, max_requests, key_in_clear),
         )
     except EvaluationError as error:
         results, failed = error.results, error

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from c2r.config import DataConfig, HookPoint, RunConfig, StreamConfig
+from c2r.data.counting import counting_rules, counts_at_all
 from c2r.data.harvest import LanguageModel
 from c2r.data.shuffle import shuffled_rows
 from c2r.data.tokens import Rows, packed_rows
@@ -176,8 +177,4 @@ def measure(parts: Sequence[Part], tokens: int, config: StreamConfig) -> Measure
 
 def usual(norms: dict[HookPoint, Tensor], median: dict[HookPoint, float], config: StreamConfig) -> Tensor:
     """Bool `[n]`: tokens that are an outlier at none of the hook points, so that all SAEs see the same ones."""
-    keep_n = torch.ones(len(next(iter(norms.values()))), dtype=torch.bool)
-    if config.max_norm_multiple is not None:
-        for point, norms_n in norms.items():
-            keep_n &= norms_n <= config.max_norm_multiple * median[point]
-    return keep_n
+    return counts_at_all(counting_rules(median, config.max_norm_multiple), norms)

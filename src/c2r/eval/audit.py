@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from c2r.data.counting import LeftOut
 from c2r.eval.bench import Bench, Outcome, each
+from c2r.eval.counted import counted
 from c2r.eval.findings import findings, look
 from c2r.eval.reading import pairs_to_read
 from c2r.eval.results import histogram
@@ -19,7 +21,8 @@ NOT_LOOKED_AT = (
 
 def evaluate_audit(bench: Bench, name: str, sae: SAE) -> Outcome:
     """The findings on the bench's text, the pairs to read, and what was not looked at."""
-    seen = look(sae, bench.activations.x_nD)
+    text = counted(bench, name, sae)
+    seen = look(sae, text.x_kD)
     found = findings(seen)
     return Outcome(
         name,
@@ -27,8 +30,9 @@ def evaluate_audit(bench: Bench, name: str, sae: SAE) -> Outcome:
         {"audit": {key: value for finding in found for key, value in finding.figures.items()}},
         details=[finding._asdict() for finding in found],
         unstructured={
-            "pairs": pairs_to_read(seen.cofiring, bench.activations, bench.lm.tokenizer),
-            "not_looked_at": [*_text_of_training(bench, sae), *NOT_LOOKED_AT],
+            "pairs": pairs_to_read(seen.cofiring, text.text, bench.lm.tokenizer, text.place_k),
+            "not_looked_at": [*_outliers(text.left_out), *_text_of_training(bench, sae), *NOT_LOOKED_AT],
+            "counting": text.left_out.figures,
             "log10_density": histogram(seen.density_F.log10(), -6, 0),
             **seen.cofiring.histograms(),
         },
@@ -36,6 +40,10 @@ def evaluate_audit(bench: Bench, name: str, sae: SAE) -> Outcome:
 
 
 run_audit = each("audit", evaluate_audit)
+
+
+def _outliers(left_out: LeftOut) -> list[str]:
+    return [f"Outliers: {left_out}."] if left_out.outliers else []
 
 
 def _text_of_training(bench: Bench, sae: SAE) -> list[str]:

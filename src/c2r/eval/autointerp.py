@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.markup import escape
 
+from c2r.data.counting import LeftOut
 from c2r.eval.bench import Bench, Outcome, progress_bar
+from c2r.eval.counted import counted
 from c2r.eval.detection import Question, judge_latent, unanswered
 from c2r.eval.endpoint import JudgeDown
 from c2r.eval.judge import Judge, JudgeConfig
@@ -36,6 +38,7 @@ class Plan(NamedTuple):
     alive: int
     passed_over: int
     """Latents that were drawn, and for which the text has too few windows."""
+    left_out: LeftOut
 
 
 class Budget(NamedTuple):
@@ -65,13 +68,16 @@ class Budget(NamedTuple):
         )
 
 
-def make_plan(bench: Bench, sae: SAE, latents: int) -> Plan:
+def make_plan(bench: Bench, name: str, sae: SAE, latents: int) -> Plan:
     """Draw alive latents at random, and windows of the bench's text for each.
+
+    Windows are of the whole text; on a token that does not count (an outlier) no latent is taken to fire.
 
     Raises:
         ValueError: no latent has windows enough.
     """
-    text, firings = Text(bench.activations, COUNTS.radius), Firings(sae, bench.activations.x_nD)
+    found = counted(bench, name, sae)
+    text, firings = Text(found.text, COUNTS.radius), Firings(sae, found.text.x_nD, count_n=found.count_n)
     alive = firings.fired_F.nonzero().squeeze(1).numpy()
     questions: list[Question] = []
     passed_over, reason = 0, "none fires"
@@ -84,7 +90,7 @@ def make_plan(bench: Bench, sae: SAE, latents: int) -> Plan:
             passed_over, reason = passed_over + 1, f"latent {latent} has {error}"
     if not questions:
         raise ValueError(f"--tokens: in {len(text.ids_n):,} tokens no latent has windows enough to be judged; {reason}")
-    return Plan(questions, len(alive), passed_over)
+    return Plan(questions, len(alive), passed_over, found.left_out)
 
 
 def _question(bench: Bench, text: Text, firings: Firings, latent: int) -> Question:
@@ -168,6 +174,7 @@ def summarise(name: str, config: JudgeConfig, plan: Plan, found: list[dict[str, 
             "windows": COUNTS._asdict(),
         },
         details=found,
+        unstructured={"counting": plan.left_out.figures},
     )
 
 
@@ -186,7 +193,7 @@ def run_autointerp(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
         return
     for name, sae in saes.items():
         try:
-            plans[name] = make_plan(bench, sae, bench.judge.latents)
+            plans[name] = make_plan(bench, name, sae, bench.judge.latents)
         except ValueError as error:
             yield Outcome(name, "autointerp", error=str(error))
     budget, limit = Budget.of(judge, list(plans.values())), bench.judge.max_requests

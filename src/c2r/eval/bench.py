@@ -133,6 +133,8 @@ class Bench:
     """Who is asked by evaluations that ask a language model over the network."""
     probe_data: str | None = None
     """Labelled texts for sparse probing: see `c2r.data.labelled.labelled_texts`; None: the standard library's."""
+    counted: dict[str, Any] = field(default_factory=dict)
+    """What `c2r.eval.counted.counted` found, by SAE."""
 
     @property
     def model_key(self) -> dict[str, Any]:

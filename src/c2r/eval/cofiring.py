@@ -1,9 +1,11 @@
 """Nearest neighbours in a dictionary, and whether they fire together.
 
 The nearest-neighbour cosine is what C²R minimises: it is shown, and it is no evidence. Co-firing reads the pair's
-behaviour: a high cosine with φ ≤ 0 looks like one feature split over two latents, with φ > 0 like a duplicate.
+behaviour: a high cosine with φ ≤ 0 looks like one feature split over two latents, with φ > 0 like a duplicate. Its mean
+over nearest neighbours is moved by C²R too: where rows are pushed apart the nearest neighbour is further away, and pairs
+that are further apart fire together less. `Cofiring.at_cosine` picks pairs at one cosine in every dictionary instead.
 
-A alive latents · D width of the activations · F latents · N non-zeros · n tokens.
+A alive latents · D width of the activations · F latents · N non-zeros · n tokens · P pairs.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ import torch
 from torch import Tensor
 
 from c2r.eval.results import Histogram, histogram
-from c2r.neighbors import nearest_neighbors, random_floor
+from c2r.neighbors import nearest_neighbors, random_floor, unit_rows
 
 
 class Pairs(NamedTuple):
-    """Each alive latent i, its nearest alive neighbour j, and how the two fire; empty with fewer than two alive."""
+    """Alive latents i, an alive partner j of each, and how the two fire; empty with fewer than two alive."""
 
     latent_A: Tensor
     neighbor_A: Tensor
@@ -63,16 +65,44 @@ class Cofiring:
         """Nearest neighbours among alive latents and their co-firing; read it when all batches have been added."""
         rows_AD = self.W_dec_FD[self.alive_A]
         if len(rows_AD) < 2:
-            none = rows_AD.new_empty(0)
-            return Pairs(self.alive_A[:0], self.alive_A[:0], none, none, none, none, none)
+            return self._none()
         near = nearest_neighbors(rows_AD)
-        partner_A = self.alive_A[near.index]
-        n, n1, m1 = float(self.tokens), self.fired_F[self.alive_A].double(), self.fired_F[partner_A].double()
-        n11 = self._together(partner_A)[self.alive_A].double()
+        return self._fire(self.alive_A, self.alive_A[near.index], near.cosine)
+
+    def at_cosine(self, cosine: float, *, most: int = 2048, seed: int = 0) -> Pairs:
+        """Alive latents, each with the alive latent whose cosine with it is nearest to `cosine`.
+
+        Arguments:
+            most: of more alive latents than this, a sample is taken.
+            seed: of the sample.
+        """
+        unit_AD = unit_rows(self.W_dec_FD[self.alive_A])
+        if len(unit_AD) < 2:
+            return self._none()
+        order = torch.randperm(len(unit_AD), generator=torch.Generator().manual_seed(seed))
+        picked_P = order[:most].sort().values.to(unit_AD.device)
+        found: list[tuple[Tensor, Tensor]] = []
+        for rows in picked_P.split(max(1, 2**25 // len(unit_AD))):
+            cosine_RA = unit_AD[rows] @ unit_AD.T
+            away_RA = (cosine_RA - cosine).abs()
+            away_RA[torch.arange(len(rows)), rows] = torch.inf  # not with itself
+            partner_R = away_RA.argmin(1)
+            found.append((partner_R, cosine_RA.gather(1, partner_R[:, None])[:, 0]))
+        partner_P, cosine_P = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return self._fire(self.alive_A[picked_P], self.alive_A[partner_P], cosine_P)
+
+    def _none(self) -> Pairs:
+        none = self.W_dec_FD.new_empty(0)
+        return Pairs(self.alive_A[:0], self.alive_A[:0], none, none, none, none, none)
+
+    def _fire(self, latent_P: Tensor, partner_P: Tensor, cosine_P: Tensor) -> Pairs:
+        """How pairs fire; each latent is in one of them at most as the first."""
+        n, n1, m1 = float(self.tokens), self.fired_F[latent_P].double(), self.fired_F[partner_P].double()
+        n11 = self._together(latent_P, partner_P).double()
         n10, n01 = n1 - n11, m1 - n11
         n00 = n - n11 - n10 - n01
-        phi_A = (n11 * n00 - n10 * n01) / (n1 * (n - n1) * m1 * (n - m1)).sqrt()
-        return Pairs(self.alive_A, partner_A, near.cosine, phi_A, n11 / (n11 + n10 + n01), n11 / n1, n11 / m1)
+        phi_P = (n11 * n00 - n10 * n01) / (n1 * (n - n1) * m1 * (n - m1)).sqrt()
+        return Pairs(latent_P, partner_P, cosine_P, phi_P, n11 / (n11 + n10 + n01), n11 / n1, n11 / m1)
 
     def top_tokens(self, latent: int, count: int) -> list[tuple[int, float]]:
         """The tokens on which a latent is strongest (in absolute value), and its activations there, strongest first."""
@@ -82,32 +112,34 @@ class Cofiring:
         best = values.abs().argsort(descending=True, stable=True)[:count]
         return list(zip(tokens[best].tolist(), values[best].tolist(), strict=True))
 
-    def _together(self, partner_A: Tensor) -> Tensor:
-        """On how many tokens each latent fires together with its partner, `[F]`."""
+    def _together(self, latent_P: Tensor, partner_P: Tensor) -> Tensor:
+        """On how many tokens each latent fires together with its partner, `[P]`."""
         width, both_F = len(self.fired_F), torch.zeros_like(self.fired_F)
-        partner_F = torch.zeros_like(self.fired_F)
-        partner_F[self.alive_A] = partner_A
+        partner_F = torch.full_like(self.fired_F, -1)
+        partner_F[latent_P] = partner_P
         for tokens_N, latents_N, _ in self._fires:
             latents, start = latents_N.long(), tokens_N.long() * width
-            hit = torch.isin(start + partner_F[latents], start + latents)
-            both_F += torch.bincount(latents[hit], minlength=width)
-        return both_F
+            asked = partner_F[latents] >= 0
+            hit = torch.isin(start[asked] + partner_F[latents[asked]], start + latents)
+            both_F += torch.bincount(latents[asked][hit], minlength=width)
+        return both_F[latent_P]
 
     def metrics(self) -> dict[str, float]:
-        """Summary over alive latents; cosines are the optimised quantity."""
+        """Summary over alive latents; cosines are what C²R optimises, and co-firing of neighbours moves with them."""
         cosine = self.pairs.cosine_A
         quantiles = {
             f"max_cos_p{p}": cosine.quantile(p / 100).item() if len(cosine) else float("nan") for p in (50, 90, 99)
         }
         return {
-            "max_cos_mean": _mean(cosine),
+            "max_cos_mean": mean_of_finite(cosine),
             **quantiles,
-            **{f"max_cos_share_over_0_{t}": _mean((cosine > t / 10).double()) for t in (5, 7, 9)},
-            "max_cos_random_floor": random_floor(*self.W_dec_FD.shape),
-            "neighbor_phi_mean": _mean(self.pairs.phi_A),
-            "neighbor_jaccard_mean": _mean(self.pairs.jaccard_A),
-            "neighbor_given_latent_mean": _mean(self.pairs.neighbor_given_latent_A),
-            "latent_given_neighbor_mean": _mean(self.pairs.latent_given_neighbor_A),
+            **{f"max_cos_share_over_0_{t}": mean_of_finite((cosine > t / 10).double()) for t in (5, 7, 9)},
+            # Of as many random directions as there are alive latents, over which the mean is taken.
+            "max_cos_random_floor": random_floor(len(cosine), self.W_dec_FD.shape[1]) if len(cosine) else float("nan"),
+            "neighbor_phi_mean": mean_of_finite(self.pairs.phi_A),
+            "neighbor_jaccard_mean": mean_of_finite(self.pairs.jaccard_A),
+            "neighbor_given_latent_mean": mean_of_finite(self.pairs.neighbor_given_latent_A),
+            "latent_given_neighbor_mean": mean_of_finite(self.pairs.latent_given_neighbor_A),
         }
 
     def histograms(self) -> dict[str, Histogram]:
@@ -115,7 +147,7 @@ class Cofiring:
         return {"max_cos": histogram(self.pairs.cosine_A, 0, 1), "phi": histogram(self.pairs.phi_A, -0.2, 1)}
 
 
-def _mean(values: Tensor) -> float:
+def mean_of_finite(values: Tensor) -> float:
     """Of the finite ones; NaN where there is none."""
     finite = values[values.isfinite()]
     return finite.mean().item() if len(finite) else float("nan")

@@ -1,12 +1,14 @@
 """One request to an OpenAI-compatible chat endpoint, tried again where that can help.
 
-The key comes from the environment, is sent as a header and goes nowhere else: no file, no message, no other host.
+The key comes from the environment, is sent as a header and goes nowhere else: no file, no message, no other host. It
+travels encrypted, or not beyond this machine, unless the caller allows otherwise.
 """
 
 from __future__ import annotations
 
 import email.utils
 import http.client
+import ipaddress
 import json
 import random
 import threading
@@ -15,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 KEY, OPENAI_KEY, OPENAI = "C2R_JUDGE_KEY", "OPENAI_API_KEY", "https://api.openai.com/"
 LONGEST_WAIT = 300.0
@@ -54,18 +57,31 @@ class Endpoint:
         address: where requests are posted.
         environ: where the key is looked up: `C2R_JUDGE_KEY`; for OpenAI's own address also `OPENAI_API_KEY`. A local
             endpoint may need none.
+        key_in_clear: whether a key may be sent to another machine over http, where anyone on the way can read it.
 
     Raises:
-        ValueError: a key that no header can carry.
+        ValueError: a key that no header can carry, or that would be sent in clear without being allowed to.
     """
 
-    def __init__(self, address: str, patience: Patience, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, address: str, patience: Patience, environ: Mapping[str, str], *, key_in_clear: bool = False
+    ) -> None:
         self.address, self.patience = address, patience
         self.requests = 0
         """Requests that were sent, further tries included."""
         self._key = _key(address, environ)
+        here = _is_this_machine(address)
+        if self._key and not (here or key_in_clear or urlsplit(address).scheme == "https"):
+            raise ValueError(
+                f"judge url: {address} is http, and the key in the environment would be sent to another machine in "
+                f"clear; accepted are https, or http on this machine. Unset {KEY} if the endpoint needs no key, or allow "
+                "it with key_in_clear"
+            )
         self._stop, self._lock, self._reason = threading.Event(), threading.Lock(), ""
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        handlers: list[Any] = [_NoRedirect]
+        if here:
+            handlers.append(urllib.request.ProxyHandler({}))  # a proxy would be another machine
+        self._opener = urllib.request.build_opener(*handlers)
 
     def stop(self, reason: str = "stopped") -> None:
         """Begin no further request, for the first `reason` that is given; those under way are finished."""
@@ -150,6 +166,15 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
+
+
+def _is_this_machine(address: str) -> bool:
+    """Whether requests do not leave this machine: localhost, or an address of the loopback interface."""
+    host = (urlsplit(address).hostname or "").rstrip(".")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _key(address: str, environ: Mapping[str, str]) -> str:

@@ -178,6 +178,7 @@ def _neighbors(seen: Seen) -> Finding:
     says = f"Nearest neighbours fire together with φ = {mean:.3f} on average. Of the latents whose neighbour is above "
     says += f"0.7, {together} fire with it (φ > 0) and {apart} do not."
     means = "Near in direction and firing together looks like a duplicate; near and not together like a split feature."
+    means += " C²R lowers the mean by construction, because it moves the nearest neighbour further away."
     figures = {"neighbor_phi_mean": mean, "close_firing_together": together, "close_firing_apart": apart}
     return Finding("co-firing", says, means, apart + together > 0.01 * seen.sae.width, figures)
 

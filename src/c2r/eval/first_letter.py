@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from c2r.data.counting import Counting, LeftOut
 from c2r.data.harvest import LanguageModel
 from c2r.data.text import alphabetic_tokens
 from c2r.eval.absorption import Labelled
@@ -73,6 +74,8 @@ class Collection(NamedTuple):
     """The training part first."""
     data: Labelled
     probe: LinearProbe
+    key: dict[str, Any]
+    """What the probe depends on."""
 
 
 def letter_of(word: str) -> str:
@@ -199,11 +202,33 @@ def collect(bench: Bench, words: dict[str, int], settings: FirstLetterSettings, 
     x_nD, y_n, cut = bench.cache.get("first_letters", key, make)["x"], drawn.labels_n, drawn.train
     data = Labelled(x_nD[:cut], y_n[:cut], x_nD[cut:], y_n[cut:])
 
-    def train() -> dict[str, Tensor]:
-        return one_vs_rest_probe(data.x_train_BD, data.y_train_B, len(LETTERS), seed=seed)._asdict()
+    key |= {"train": cut, "seed": seed}
+    return Collection(seed, drawn.words, data, _probe(bench, data, key), key)
 
-    probe = bench.cache.get("first_letter_probe", key | {"train": cut, "seed": seed}, train)
-    return Collection(seed, drawn.words, data, LinearProbe(**probe))
+
+def counted_words(bench: Bench, found: Collection, rule: Counting) -> tuple[Collection, LeftOut]:
+    """The words whose activations count, with a ground-truth probe of their own where some do not."""
+    data = found.data
+    train_B, test_B = rule.of(data.x_train_BD), rule.of(data.x_test_BD)
+    count_n = torch.cat([train_B, test_B])
+    left_out = LeftOut(rule, len(count_n), int((~count_n).sum()), "words")
+    if not left_out.outliers or left_out.outliers == left_out.tokens:
+        return found, left_out
+    kept = Labelled(
+        data.x_train_BD[train_B], data.y_train_B[train_B], data.x_test_BD[test_B], data.y_test_B[test_B]
+    )  # fmt: skip
+    words = [word for word, counts in zip(found.words, count_n.tolist(), strict=True) if counts]
+    key = found.key | {"max_norm": rule.max_norm}
+    return Collection(found.seed, words, kept, _probe(bench, kept, key), key), left_out
+
+
+def _probe(bench: Bench, data: Labelled, key: dict[str, Any]) -> LinearProbe:
+    """The ground-truth probe, from the cache on disk where it is."""
+
+    def train() -> dict[str, Tensor]:
+        return one_vs_rest_probe(data.x_train_BD, data.y_train_B, len(LETTERS), seed=key["seed"])._asdict()
+
+    return LinearProbe(**bench.cache.get("first_letter_probe", key, train))
 
 
 def _plain(word: str) -> str:

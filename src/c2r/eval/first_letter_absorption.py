@@ -11,16 +11,25 @@ from typing import Any
 from pydantic import ValidationError
 
 from c2r.config import set_value
+from c2r.data.counting import counting_of
 from c2r.eval.absorbed import AbsorptionSettings
 from c2r.eval.absorption import Absorption, ClassResult, absorption
 from c2r.eval.bench import FAILURES, Bench, Outcome, each, failure, progress_bar
-from c2r.eval.first_letter import LETTERS, Collection, FirstLetterSettings, collect, draw, words_of
+from c2r.eval.counted import say_left_out
+from c2r.eval.first_letter import LETTERS, Collection, FirstLetterSettings, collect, counted_words, draw, words_of
+from c2r.eval.intervals import interval_95, share_interval_95
 from c2r.methods import Frozen, Positive
 from c2r.sae.base import SAE
 
 EVALUATION = "absorption_first_letter"
 """SAEBench's type id."""
 _MEANS = ("absorption_fraction_score", "full_absorption_score", "num_split_features")
+_FRACTION = f"mean_{_MEANS[0]}"
+LEAST_PARAMETERS, LEAST_LATENTS = 1_000_000_000, 16_384
+OUT_OF_DOMAIN = (
+    "SAEBench does not recommend this metric for language models under 1 billion parameters nor for SAEs under 16k "
+    "latents: the figure speaks neither for nor against a method"
+)
 
 
 class AbsorptionEvaluation(Frozen):
@@ -81,29 +90,42 @@ def run_absorption(
     yield from each(EVALUATION, partial(_evaluate, collections, settings))(bench, saes)
 
 
-def interval_95(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's 95 % interval for the mean of independent `values`; None for fewer than two."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return None
-    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    mean = statistics.fmean(values)
-    return mean - half, mean + half
-
-
 def _evaluate(
     collections: list[Collection], settings: AbsorptionEvaluation, bench: Bench, name: str, sae: SAE
 ) -> Outcome:
-    results = []
+    results, left_out = [], []
     with progress_bar(bench.console) as bar:
-        for part in bar.track(collections, description=f"absorption {name}"):
+        for whole in bar.track(collections, description=f"absorption {name}"):
+            part, outliers = counted_words(bench, whole, counting_of(sae.config))
+            say_left_out(bench.console, f"{name}, evaluation seed {part.seed}", outliers)
+            left_out.append({"seed": part.seed, **outliers.figures})
             given = {"settings": settings.thresholds, "probe": part.probe, "seed": part.seed}
             results.append(absorption(part.data, sae, LETTERS, **given))
     found = outcome(name, [part.seed for part in collections], results, settings)
+    outside = domain(sum(weight.numel() for weight in bench.lm.model.parameters()), sae.width)
+    found.unstructured |= {"counting": left_out, "domain": outside}
+    found.summary["absorption_in_domain"] = float(outside is None)
     if found.unstructured["reason"]:
         bench.console.print(f"[yellow]{name}: absorption is not evaluable; {found.unstructured['reason']}[/]")
     return found
+
+
+def domain(parameters: int | None, latents: int) -> str | None:
+    """Why the metric says nothing for or against a method here; None where it is recommended.
+
+    SAEBench recommends it for language models of a billion parameters or more and SAEs of 16k latents or more.
+
+    Arguments:
+        parameters: of the language model; None: not known.
+    """
+    below = []
+    if parameters is not None and parameters < LEAST_PARAMETERS:
+        below.append(f"the language model has {parameters / 1e6:,.3g} M parameters")
+    if latents < LEAST_LATENTS:
+        below.append(f"the SAE has {latents:,} latents")
+    if not below:
+        return None
+    return f"{' and '.join(below)}; {OUT_OF_DOMAIN}"
 
 
 def outcome(name: str, seeds: Sequence[int], results: Sequence[Absorption], settings: AbsorptionEvaluation) -> Outcome:
@@ -113,16 +135,24 @@ def outcome(name: str, seeds: Sequence[int], results: Sequence[Absorption], sett
     metrics, intervals = dict.fromkeys((f"{kind}_{m}" for kind in ("mean", "std_dev") for m in _MEANS), math.nan), {}
     if not reasons:
         metrics = {key: statistics.fmean(found[key] for found in means) for key in metrics}
-        intervals = {f"mean_{m}": interval_95([found[f"mean_{m}"] for found in means]) for m in _MEANS}
+        for m in _MEANS:
+            interval = interval_95 if m == "num_split_features" else share_interval_95
+            intervals[f"mean_{m}"] = interval([found[f"mean_{m}"] for found in means])
     fraction, full, split = (None if reasons else metrics[f"mean_{m}"] for m in _MEANS)
-    spread = intervals.get("mean_absorption_fraction_score")
+    low, high = intervals.get("mean_absorption_fraction_score") or (None, None)
+    by_seed = {
+        f"absorption_fraction_seed_{seed}": None if reasons or found.means is None else found.means[_FRACTION]
+        for seed, found in zip(seeds, results, strict=True)
+    }
     return Outcome(
         name,
         EVALUATION,
         {"mean": metrics},
         {
             "absorption_fraction": fraction,
-            "absorption_fraction_half_interval": (spread[1] - spread[0]) / 2 if spread else None,
+            "absorption_fraction_low": low,
+            "absorption_fraction_high": high,
+            **by_seed,
             "full_absorption": full,
             "split_features": split,
             "letters": min(len(found.passing) for found in results),

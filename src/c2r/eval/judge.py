@@ -40,6 +40,8 @@ class JudgeConfig:
     workers: int = 8
     """Requests under way at once."""
     patience: Patience = field(default_factory=Patience)
+    key_in_clear: bool = False
+    """Whether the key may be sent to another machine over http, where anyone on the way can read it."""
 
     def __post_init__(self) -> None:
         try:
@@ -68,7 +70,12 @@ class JudgeConfig:
 
 
 def judge_of(
-    url: str | None, model: str | None, latents: int, options: str | None, max_requests: int | None
+    url: str | None,
+    model: str | None,
+    latents: int,
+    options: str | None,
+    max_requests: int | None,
+    key_in_clear: bool = False,
 ) -> JudgeConfig | None:
     """The judge that the command line names; None where it names none.
 
@@ -83,7 +90,16 @@ def judge_of(
         fields = None
     if not isinstance(fields, dict):
         raise ValueError(f'--judge-options: got {options!r}; accepted is a JSON object such as {{"temperature": 0}}')
-    return JudgeConfig(url or "", model or "", latents, max_requests, fields)
+    return JudgeConfig(url or "", model or "", latents, max_requests, fields, key_in_clear=key_in_clear)
+
+
+def endpoint_of(config: JudgeConfig, environ: Mapping[str, str] = os.environ) -> Endpoint:
+    """The judge's endpoint.
+
+    Raises:
+        ValueError: see `Endpoint`.
+    """
+    return Endpoint(config.address, config.patience, environ, key_in_clear=config.key_in_clear)
 
 
 class Judge:
@@ -96,7 +112,7 @@ class Judge:
 
     def __init__(self, config: JudgeConfig, folder: Path, environ: Mapping[str, str] = os.environ) -> None:
         self.config, self.folder = config, folder
-        self.endpoint = Endpoint(config.address, config.patience, environ)
+        self.endpoint = endpoint_of(config, environ)
         self._lock, self._failures = threading.Lock(), 0
 
     def known(self, messages: Messages) -> str | None:

@@ -9,6 +9,9 @@ from pydantic import ValidationError
 
 from c2r.config import DataConfig, ModelConfig
 
+_READING = ("context", "drop_tokens", "prepend_bos")
+"""Keys of `data` that say how rows are read and which tokens count, whatever the text."""
+
 
 def model_of(config: dict[str, Any], name: str | None, trust_remote_code: bool = False) -> ModelConfig:
     """The model and hook point that an SAE reads, from its `cfg.json`; `name` replaces the model's name.
@@ -37,7 +40,8 @@ def model_of(config: dict[str, Any], name: str | None, trust_remote_code: bool =
 def data_of(config: dict[str, Any], changes: dict[str, Any]) -> DataConfig:
     """The text that an SAE was trained on, or the standard library where its file does not say, with `changes`.
 
-    A change of source keeps nothing of the old one but the length of rows.
+    A change of source keeps of the old one what belongs to how rows are read and which tokens count, not to the text:
+    `context`, `drop_tokens`, `prepend_bos`.
 
     Raises:
         ValueError: the changes do not make a source.
@@ -45,8 +49,42 @@ def data_of(config: dict[str, Any], changes: dict[str, Any]) -> DataConfig:
     context = config.get("metadata", {}).get("context_size") or DataConfig().context
     given = config["c2r"]["data"] if "c2r" in config else {"context": context}
     if "source" in changes:
-        given = {"context": given["context"]}
+        given = {key: given[key] for key in _READING if key in given}
     try:
         return DataConfig.model_validate(given | changes)
     except ValidationError as error:
         raise ValueError("; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())) from None
+
+
+def text_of_all(configs: dict[str, dict[str, Any]], changes: dict[str, Any]) -> DataConfig:
+    """The one text on which the SAEs of these `cfg.json` are read, by name; it does not depend on their order.
+
+    It is the text that all of them name, with `changes`. A file that names no text (another library's) takes that of
+    those that do, but its length of rows and its BOS must be the same.
+
+    Raises:
+        ValueError: their files name different text, rows or tokens that count, and `changes` do not settle it.
+    """
+    texts = {name: data_of(config, changes) for name, config in configs.items()}
+    own = [name for name in sorted(configs) if "c2r" in configs[name]]
+    ruling = (own or sorted(configs))[0]
+    for name in sorted(configs):
+        fields = set(DataConfig.model_fields) - {"workers"}
+        if own and name not in own:
+            said = configs[name].get("metadata", {}).get("context_size")
+            fields = {"context"} if said and "context" not in changes else set()
+        differing = [
+            f"{field} {getattr(texts[ruling], field)!r} and {getattr(texts[name], field)!r}"
+            for field in DataConfig.model_fields
+            if field in fields and getattr(texts[ruling], field) != getattr(texts[name], field)
+        ]
+        if not {"source", "prepend_bos"} & set(changes):
+            bos = [configs[one].get("metadata", {}).get("prepend_bos") for one in (ruling, name)]
+            if None not in bos and bos[0] != bos[1] and not any(line.startswith("prepend_bos") for line in differing):
+                differing.append(f"prepend_bos {bos[0]!r} and {bos[1]!r}")
+        if differing:
+            raise ValueError(
+                f"{ruling} and {name} were trained on different text: {'; '.join(differing)}. Evaluate them apart, or "
+                "name the text on which both shall be read (data: source, path, context)"
+            )
+    return texts[ruling]

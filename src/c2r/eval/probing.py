@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from c2r.data.counting import Counting, LeftOut, counting_of
 from c2r.data.labelled import LabelledTexts, labelled_texts, stdlib_tasks
 from c2r.data.tokens import Rows, text_rows
 from c2r.eval.bench import Bench, Outcome, Tensors, each, progress_bar, rows_digest
+from c2r.eval.counted import say_left_out
 from c2r.sae.base import SAE
 
 KS = (1, 2, 5)
@@ -62,8 +64,6 @@ class ProbeSet(NamedTuple):
     """T."""
     counts: dict[str, Any]
     """Texts by label, and labels that were left out."""
-    dense: Accuracies
-    """The probes on x."""
 
 
 def token_means(parts: Iterable[Tensor], text_n: Tensor, texts: int) -> Tensor:
@@ -137,7 +137,7 @@ def probe_all(means_TP: Tensor, tasks: list[Task]) -> tuple[Accuracies, dict[str
 
 
 def probe_sets(bench: Bench) -> list[ProbeSet]:
-    """The labelled data sets, their activations (from the cache where they are), and the probes on x.
+    """The labelled data sets and their activations (from the cache where they are).
 
     Raises:
         ValueError: see `labelled_texts`; or a label whose texts hold no token.
@@ -146,18 +146,47 @@ def probe_sets(bench: Bench) -> list[ProbeSet]:
     return [_read(bench, labelled) for labelled in found]
 
 
+class DenseProbes:
+    """The probes on x, the same for all SAEs for which the same tokens count."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, float | None], tuple[Accuracies, int]] = {}
+
+    def on(self, data: ProbeSet, place_k: Tensor, rule: Counting) -> tuple[Accuracies, int]:
+        """Accuracies on the tokens at `place_k`, and probes that did not converge."""
+        key = data.name, rule.max_norm
+        if key not in self._known:
+            parts = (data.x_nD[place] for place in place_k.split(2048))
+            accuracies, _, unconverged = probe_all(token_means(parts, data.text_n[place_k], data.texts), data.tasks)
+            self._known[key] = accuracies, unconverged
+        return self._known[key]
+
+
 @torch.no_grad()
-def evaluate_probing(bench: Bench, name: str, sae: SAE, sets: list[ProbeSet]) -> Outcome:
-    """SAEBench's `sparse_probing` on data sets of `probe_sets`: a mean over labels, then over data sets."""
-    details, unstructured = [], {}
+def evaluate_probing(bench: Bench, name: str, sae: SAE, sets: list[ProbeSet], dense: DenseProbes) -> Outcome:
+    """SAEBench's `sparse_probing` on data sets of `probe_sets`: a mean over labels, then over data sets.
+
+    A text's mean is over its tokens that count for the SAE, for the probes on x too.
+    """
+    details, unstructured, counting = [], {}, {}
+    rule = counting_of(sae.config)
     for data in sets:
-        codes = (sae.encode(x_nD.to(sae.W_dec.device)) for x_nD in data.x_nD.split(2048))
-        means_TF = token_means(codes, data.text_n, data.texts)
+        count_n = rule.of(data.x_nD)
+        left_out = LeftOut(rule, len(count_n), int((~count_n).sum()))
+        say_left_out(bench.console, f"{name}, {data.name}", left_out)
+        counting[data.name] = left_out.figures
+        place_k = count_n.nonzero().squeeze(1)
+        codes = (sae.encode(data.x_nD[place].to(sae.W_dec.device)) for place in place_k.split(2048))
+        means_TF = token_means(codes, data.text_n[place_k], data.texts)
         accuracies, latents, unconverged = probe_all(means_TF, data.tasks)
-        per_label = _named("llm", data.dense) | _named("sae", accuracies)
+        on_x, unconverged_on_x = dense.on(data, place_k, rule)
+        per_label = _named("llm", on_x) | _named("sae", accuracies)
         unstructured[f"{data.name}_results"] = per_label
         unstructured[f"{data.name}_latents"] = latents
-        unstructured[f"{data.name}_texts"] = data.counts | {"unconverged_probes": unconverged}
+        unstructured[f"{data.name}_texts"] = data.counts | {
+            "unconverged_probes": unconverged,
+            "unconverged_dense_probes": unconverged_on_x,
+        }
         details.append({"dataset_name": data.name} | {key: _mean(by.values()) for key, by in per_label.items()})
     keys = [key for key in details[0] if key != "dataset_name"]
     metrics = {
@@ -179,16 +208,16 @@ def evaluate_probing(bench: Bench, name: str, sae: SAE, sets: list[ProbeSet]) ->
             "python": platform.python_version(),
         },
         details,
-        unstructured,
+        unstructured | {"counting": counting},
     )
 
 
 def run_probing(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
     """Sparse probing of every SAE on the same texts and splits; the language model reads them once."""
-    sets = cache(lambda: probe_sets(bench))
+    sets, dense = cache(lambda: probe_sets(bench)), DenseProbes()
 
     def one(bench: Bench, name: str, sae: SAE) -> Outcome:
-        return evaluate_probing(bench, name, sae, sets())
+        return evaluate_probing(bench, name, sae, sets(), dense)
 
     yield from each("sparse_probing", one)(bench, saes)
 
@@ -210,10 +239,8 @@ def _read(bench: Bench, labelled: LabelledTexts) -> ProbeSet:
                 raise ValueError(f"{labelled.name}: the texts of label {label!r} hold no token to probe")
     counts = {"labels": {label: int((labels_T == i).sum()) for i, label in enumerate(names)}}
     tasks = one_vs_rest(labels_T, test_T, names, bench.seed)
-    data = ProbeSet(labelled.name, tasks, found["x"], found["text"], len(texts), counts, {})
-    dense, _, unconverged = probe_all(token_means([data.x_nD], data.text_n, data.texts), tasks)
-    counts |= {"left_out": labelled.left_out, "unconverged_dense_probes": unconverged}
-    return data._replace(dense=dense)
+    counts |= {"left_out": labelled.left_out}
+    return ProbeSet(labelled.name, tasks, found["x"], found["text"], len(texts), counts)
 
 
 def _collect(bench: Bench, name: str, batches: list[Rows]) -> Tensors:

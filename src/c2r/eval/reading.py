@@ -17,12 +17,17 @@ PAIRS, SNIPPETS, BEFORE, AFTER = 10, 3, 12, 6
 """Pairs a list, snippets a latent, and tokens of text before and after the strongest one."""
 
 
-def pairs_to_read(cofiring: Cofiring, text: TextActivations, tokenizer: Any) -> list[dict[str, Any]]:
+def pairs_to_read(
+    cofiring: Cofiring, text: TextActivations, tokenizer: Any, place_k: Tensor | None = None
+) -> list[dict[str, Any]]:
     """The ten pairs of nearest neighbours with the highest cosine, and the ten with the highest φ, each pair once.
 
     A pair has `latents` [i, j], j nearest to i, `cosine`, `phi`, `jaccard`, `p_j_given_i`, `p_i_given_j`, `densities`,
     `among_highest` (of which list it is: "cosine", "phi"), and `snippets`: for i and for j, each a list of
     {before, token, after, activation}.
+
+    Arguments:
+        place_k: where in the text each token stands that was counted; None: all were, in order.
     """
     pairs = cofiring.pairs
     picked: dict[int, list[str]] = {}
@@ -39,16 +44,19 @@ def pairs_to_read(cofiring: Cofiring, text: TextActivations, tokenizer: Any) -> 
             "p_i_given_j": pairs.latent_given_neighbor_A[place].item(),
             "densities": [int(cofiring.fired_F[latent]) / cofiring.tokens for latent in both],
             "among_highest": figures,
-            "snippets": [snippets(cofiring, latent, text, tokenizer) for latent in both],
+            "snippets": [snippets(cofiring, latent, text, tokenizer, place_k) for latent in both],
         }
         for place, figures in picked.items()
     ]
 
 
-def snippets(cofiring: Cofiring, latent: int, text: TextActivations, tokenizer: Any) -> list[dict[str, Any]]:
+def snippets(
+    cofiring: Cofiring, latent: int, text: TextActivations, tokenizer: Any, place_k: Tensor | None = None
+) -> list[dict[str, Any]]:
     """The text around the tokens on which a latent is strongest; a snippet stays within its row."""
     found = []
-    for token, activation in cofiring.top_tokens(latent, SNIPPETS):
+    for place, activation in cofiring.top_tokens(latent, SNIPPETS):
+        token = place if place_k is None else int(place_k[place])
         same = (text.row_n[max(0, token - BEFORE) : token + AFTER + 1] == text.row_n[token]).nonzero().squeeze(1)
         first, last = (max(0, token - BEFORE) + int(place) for place in (same[0], same[-1]))
         parts = (text.ids_n[first:token], text.ids_n[token : token + 1], text.ids_n[token + 1 : last + 1])

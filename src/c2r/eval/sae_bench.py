@@ -22,6 +22,7 @@ from rich.markup import escape
 
 from c2r.config import ModelConfig
 from c2r.eval.bench import ModelFree, Outcome, Setting, each
+from c2r.eval.first_letter_absorption import domain
 from c2r.eval.origin import model_of
 from c2r.interop.sae_bench import HandedSAE, check_installed, mended_ravel, shapes_unchecked
 from c2r.sae.base import SAE
@@ -46,6 +47,7 @@ class Foreign:
     warning: str | None = None
 
 
+ALL_COUNT = "sae-bench's own code reads its own text, and counts the tokens that training left out as outliers too"
 _UNSAVED = {"clean_up_activations": True, "save_activations": False}  # saved, they take tens of gigabytes
 _UNRELIABLE = "was found unreliable as a measure of an SAE's quality (arXiv 2605.18229): rest no ranking on it"
 FOREIGN = {
@@ -108,6 +110,8 @@ def _evaluate(which: str, setting: Setting, name: str, sae: SAE) -> Outcome:
             **(result.get("eval_result_unstructured") or {}),
             "sae_bench_version": version,
             "warning": foreign.warning,
+            "counting": ALL_COUNT,
+            "domain": domain(None, sae.width) if which == "absorption" else None,
         },
         file=f"saebench_{which}",
     )

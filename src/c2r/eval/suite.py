@@ -20,8 +20,8 @@ from c2r.eval.autointerp import NEEDED, run_autointerp
 from c2r.eval.bench import FAILURES, Bench, Cache, Evaluation, ModelFree, Outcome, Setting, failure
 from c2r.eval.core import run_core
 from c2r.eval.first_letter_absorption import AbsorptionEvaluation, run_absorption
-from c2r.eval.judge import JudgeConfig
-from c2r.eval.origin import data_of, model_of
+from c2r.eval.judge import JudgeConfig, endpoint_of
+from c2r.eval.origin import model_of, text_of_all
 from c2r.eval.probing import run_probing
 from c2r.eval.recovery import run_recovery
 from c2r.eval.results import write_result
@@ -81,7 +81,7 @@ def evaluate(
         suites: names in `SUITES` and `MODEL_FREE`.
         model: name of the language model; None: the one each SAE was trained on.
         data: settings of the text (`DataConfig`) that replace those of training. For `stdlib` the held-out part is
-            read; other sources have none, which is said.
+            read; other sources have none, which is said. SAEs of different text need a text named here.
         tokens: real tokens to evaluate on.
         trust_remote_code: whether code that a model brings may run; an SAE's own word on that is not taken.
         cache: folder for activations; None: `$C2R_CACHE`, or `c2r` in the user's cache folder.
@@ -93,16 +93,18 @@ def evaluate(
         What the table shows of each SAE, by name.
 
     Raises:
-        ValueError: an unknown suite, a folder that is no SAE, SAEs of different hook points, a model that does not
-            fit, or text without tokens.
+        ValueError: an unknown suite, a folder that is no SAE, SAEs of different hook points or different text, a model
+            that does not fit, or text without tokens.
         EvaluationError: at the very end, when all other results are written: evaluations that failed.
     """
     console = console or Console(stderr=True)
     for suite in suites:
         if suite not in SUITES | MODEL_FREE:
             raise ValueError(f"--suite: got {suite!r}; accepted are {', '.join(SUITES | MODEL_FREE)}")
-    if "autointerp" in suites and judge is None:
-        raise ValueError(NEEDED)
+    if "autointerp" in suites:
+        if judge is None:
+            raise ValueError(NEEDED)
+        endpoint_of(judge)
     if any(suite.startswith(PREFIX) for suite in suites):
         check_installed()
     if tokens < 1:
@@ -182,14 +184,14 @@ def _bench(
     """Load the language model that all of `saes` read, and find the text.
 
     Raises:
-        ValueError: SAEs of different hook points, or of another width than the model's activations.
+        ValueError: SAEs of different hook points or text, or of another width than the model's activations.
     """
     models = {name: model_of(sae.config, model, trust_remote_code) for name, sae in saes.items()}
     first = next(iter(models.values()))
     for name, other in models.items():
         if other != first:
             raise ValueError(f"{name} reads {other}, but {next(iter(models))} reads {first}; evaluate them apart")
-    text = data_of(next(iter(saes.values())).config, data)
+    text = text_of_all({name: sae.config for name, sae in saes.items()}, data)
     check_source(text)
     lm = load_language_model(first, device)
     for name, sae in saes.items():

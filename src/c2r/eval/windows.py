@@ -55,15 +55,22 @@ class Examples(NamedTuple):
 
 
 class Firings:
-    """Which tokens each latent fires on, and how strongly: |z| of the non-zeros. Holds three numbers a non-zero."""
+    """Which tokens each latent fires on, and how strongly: |z| of the non-zeros. Holds three numbers a non-zero.
+
+    Arguments:
+        count_n: bool, tokens that count; on the others no latent is taken to fire. None: all count.
+    """
 
     @torch.no_grad()
-    def __init__(self, sae: SAE, x_nD: Tensor, batch: int = 2048) -> None:
+    def __init__(self, sae: SAE, x_nD: Tensor, batch: int = 2048, *, count_n: Tensor | None = None) -> None:
         latents: list[Tensor] = []
         tokens: list[Tensor] = []
         strengths: list[Tensor] = []
         for start, x_BD in zip(range(0, len(x_nD), batch), x_nD.split(batch), strict=True):
             acts_BF = sae.encode(x_BD.to(sae.W_dec))
+            if count_n is not None:
+                not_B = ~count_n[start : start + len(x_BD)].to(acts_BF.device)
+                acts_BF = acts_BF.masked_fill(not_B[:, None], 0)
             token, latent = acts_BF.nonzero(as_tuple=True)
             latents.append(latent.int().cpu())
             tokens.append((token + start).int().cpu())

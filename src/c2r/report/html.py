@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from c2r.report.table import notes, number, shown, summary_of_files
+from c2r.report.table import cell, notes, shown, summary_of_files
 
 COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518", "#72b7b2")
 WIDTH, HEIGHT, MARGIN = 460, 240, 46
@@ -41,7 +41,7 @@ def write_report(
     histograms = {name: _histograms(evaluations, name) for name in names}
     drawn = {
         "max_cos": "Nearest-neighbour cosine * (dashed: random directions)",
-        "phi": "Co-firing φ of nearest neighbours",
+        "phi": "Co-firing φ of nearest neighbours *",
         "log10_density": "log10 firing density of alive latents",
     }
     for key, caption in drawn.items():
@@ -106,7 +106,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     head = "".join(f"<th>{html.escape(row['name'])}</th>" for row in rows)
     body = ""
     for figure in shown(rows):
-        cells = "".join(f"<td>{number(row.get(figure.key), figure.form)}</td>" for row in rows)
+        cells = "".join(f"<td>{cell(row, figure)}</td>" for row in rows)
         body += f"<tr><td>{html.escape(figure.label)}</td>{cells}</tr>"
     said = "<br>".join(html.escape(note) for note in notes(rows))
     return f"<table><tr><th></th>{head}</tr>{body}</table><p><small>{said}</small></p>"

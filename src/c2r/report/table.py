@@ -11,8 +11,14 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from c2r.eval.intervals import paired_interval_95
+
+NONE = "–"
 Results = Mapping[str, Mapping[str, float | None]]
 """What the table shows of each SAE, by name."""
+
+
+_BY_SEED = "absorption_fraction_seed_"
 
 
 class Row(NamedTuple):
@@ -22,6 +28,8 @@ class Row(NamedTuple):
     """Its name in summary.json."""
     label: str
     form: str
+    upper: str | None = None
+    """Where the row is an interval: the name of its upper end, `key` being its lower."""
 
 
 ROWS = (
@@ -30,7 +38,9 @@ ROWS = (
     Row("l0", "L0 (learned threshold)", ".1f"),
     Row("alive", "alive latents", ".3f"),
     Row("absorption_fraction", "absorption fraction, first letters †", ".3f"),
-    Row("absorption_fraction_half_interval", "  its 95 % interval over evaluation seeds, ±", ".3f"),
+    Row(
+        "absorption_fraction_low", "  its 95 % interval over evaluation seeds", ".3f", upper="absorption_fraction_high"
+    ),
     Row("full_absorption", "full absorption, first letters †", ".4f"),
     Row("split_features", "latents per first letter †", ".2f"),
     Row("letters", "letters that pass the probe's gate, of 26", ".0f"),
@@ -54,23 +64,37 @@ ROWS = (
     Row("saebench_scr", "SCR, 20 latents (sae-bench; unreliable, arXiv 2605.18229)", ".3f"),
     Row("saebench_absorption", "absorption fraction (sae-bench)", ".3f"),
     Row("saebench_sparse_probing", "1-sparse probing accuracy (sae-bench)", ".3f"),
-    Row("saebench_meta_structure", "meta-SAE's EV of the decoder (sae-bench)", ".3f"),
-    Row("neighbor_phi", "nearest neighbours' co-firing φ, mean", ".3f"),
-    Row("neighbor_jaccard", "nearest neighbours' co-firing, Jaccard, mean", ".3f"),
-    Row("composition_ev", "EV of the decoder by a meta-SAE", ".3f"),
-    Row("composition_ev_random", "the same of random directions", ".3f"),
+    Row("saebench_meta_structure", "meta-SAE's EV of the decoder (sae-bench) *", ".3f"),
+    Row("matched_phi", "co-firing φ of pairs at one cosine ‡, mean", ".3f"),
+    Row("neighbor_phi", "nearest neighbours' co-firing φ, mean *", ".3f"),
+    Row("neighbor_jaccard", "nearest neighbours' co-firing, Jaccard, mean *", ".3f"),
+    Row("composition_ev", "EV of the decoder by a meta-SAE *", ".3f"),
+    Row("composition_ev_random", "  the same for random directions", ".3f"),
     Row("max_cos_mean", "nearest-neighbour cosine, mean *", ".3f"),
     Row("max_cos_p99", "nearest-neighbour cosine, 99th percentile *", ".3f"),
     Row("max_cos_share_over_0_5", "share above 0.5 *", ".4f"),
     Row("max_cos_share_over_0_7", "share above 0.7 *", ".4f"),
 )
 NOTE = (
-    "* what C²R optimises: shown, and no evidence that it works. Random directions of this shape have about "
-    "{floor:.2f} (√(2 ln F / D))."
+    "* C²R moves this by construction, so it is no evidence that C²R works: pushing decoder rows apart lowers the cosine "
+    "of nearest neighbours, with it their co-firing (pairs that are further apart fire together less), and what rows "
+    "share, which is all that a meta-SAE can explain."
+)
+FLOOR_NOTE = (
+    "As many random directions as there are alive latents have a nearest-neighbour cosine of about {floor} (√(2 ln F / D), "
+    "F the alive latents)."
+)
+MATCHED_NOTE = (
+    "‡ in every SAE the pairs of latents whose cosine is nearest to {cosine:.3f}, the lowest mean nearest-neighbour "
+    "cosine among these SAEs: a difference here is not one of how far apart the pairs are."
 )
 ABSORPTION_NOTE = (
     "† a dash: not evaluable, the result file says why. An undertrained SAE scores deceptively low: read it beside EV, "
     "L0 and alive latents. The interval is over evaluation seeds and not over SAEs."
+)
+DOMAIN_NOTE = (
+    "† in {names}: SAEBench does not recommend this metric for language models under 1 billion parameters nor for SAEs "
+    "under 16k latents, so the figure speaks neither for nor against a method there."
 )
 KNOWN_NOTE = (
     "Synthetic activations whose features are known (docs/evaluations.md). Absorption: of the tokens with a parent and "
@@ -101,32 +125,58 @@ def shown(rows: list[dict[str, Any]]) -> list[Row]:
 
 def number(value: float | None, form: str) -> str:
     """A cell; a dash where there is no figure."""
-    return "–" if value is None or not math.isfinite(value) else format(value, form)
+    return NONE if value is None or not math.isfinite(value) else format(value, form)
+
+
+def cell(row: dict[str, Any], figure: Row) -> str:
+    """What the table shows of one SAE."""
+    shown = number(row.get(figure.key), figure.form)
+    if figure.upper is None or shown == NONE:
+        return shown
+    return f"{shown} to {number(row.get(figure.upper), figure.form)}"
 
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:
     """What has to be said of the figures shown."""
     found = []
-    if rows[0].get("max_cos_random_floor") is not None:
-        found.append(NOTE.format(floor=rows[0]["max_cos_random_floor"]))
-    if "absorption_fraction" in rows[0]:
+    if any("*" in figure.label for figure in shown(rows)):
+        found.append(NOTE)
+    if floors := sorted({f"{value:.2f}" for value in _values(rows, "max_cos_random_floor")}):
+        found.append(FLOOR_NOTE.format(floor=" to ".join(dict.fromkeys((floors[0], floors[-1])))))
+    if matched := _values(rows, "matched_cosine"):
+        found.append(MATCHED_NOTE.format(cosine=matched[0]))
+    if any("absorption_fraction" in row for row in rows):
         found += [*_absorption_said(rows), ABSORPTION_NOTE]
-    if "known_absorption" in rows[0]:
+    if outside := [row["name"] for row in rows if row.get("absorption_in_domain") == 0]:
+        found.append(DOMAIN_NOTE.format(names=", ".join(outside)))
+    if any("known_absorption" in row for row in rows):
         found.append(KNOWN_NOTE)
     return found
 
 
+def _values(rows: list[dict[str, Any]], key: str) -> list[float]:
+    """The finite ones."""
+    found = (row.get(key) for row in rows)
+    return [value for value in found if value is not None and math.isfinite(value)]
+
+
 def _absorption_said(rows: list[dict[str, Any]]) -> list[str]:
-    """In words, whether the last of the SAEs is less absorbed than the first, as far as evaluation seeds can tell."""
-    pairs = [(row.get("absorption_fraction"), row.get("absorption_fraction_half_interval")) for row in rows]
-    (first, margin), (last, last_margin) = pairs[0], pairs[-1]
-    if len(rows) < 2 or first is None or margin is None or last is None or last_margin is None:
+    """In words, whether the last of the SAEs is less absorbed than the first, as far as evaluation seeds can tell.
+
+    Both are read with the same words, prompts and probes in each evaluation seed, so they are compared seed by seed.
+    """
+    if len(rows) < 2:
         return []
-    change, sure = last - first, math.hypot(margin, last_margin)
-    said = "is lower" if change < -sure else "is higher" if change > sure else "is not shown to differ"
+    first, last = rows[0], rows[-1]
+    seeds = [key for key in first if key.startswith(_BY_SEED) and first[key] is not None and last.get(key) is not None]
+    interval = paired_interval_95([first[key] for key in seeds], [last[key] for key in seeds])
+    if interval is None:
+        return []
+    low, high = interval
+    said = "is lower" if high < 0 else "is higher" if low > 0 else "is not shown to differ"
     return [
-        f"Absorption fraction on the language model: {first:.3f} ± {margin:.3f} in {rows[0]['name']}, {last:.3f} ± "
-        f"{last_margin:.3f} in {rows[-1]['name']}; it {said}."
+        f"Absorption fraction on the language model, {last['name']} less {first['name']}, seed by seed over "
+        f"{len(seeds)} evaluation seeds: {(low + high) / 2:+.3f} (95 % interval {low:+.3f} to {high:+.3f}); it {said}."
     ]
 
 
@@ -142,8 +192,10 @@ def print_results(results: Results, console: Console | None = None) -> None:
         table.add_column("change", justify="right")
     for figure in shown(rows):
         values = [row.get(figure.key) for row in rows]
-        cells = [number(value, figure.form) for value in values]
-        if len(values) == 2:
+        cells = [cell(row, figure) for row in rows]
+        if len(values) == 2 and figure.upper is not None:
+            cells.append("")
+        elif len(values) == 2:
             first, last = values
             change = None if first is None or last is None else last - first
             cells.append(number(change, "+" + figure.form))

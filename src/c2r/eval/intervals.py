@@ -1,0 +1,38 @@
+"""95 % intervals over a few evaluation seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+Interval = tuple[float, float]
+
+
+def interval_95(values: Sequence[float]) -> Interval | None:
+    """Student's 95 % interval for the mean of independent `values`; None for fewer than two."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
+def share_interval_95(values: Sequence[float]) -> Interval | None:
+    """The same for the mean of shares, cut at 0 and 1.
+
+    A mean share lies between 0 and 1, so the part beyond never holds it, and cutting it off loses no coverage.
+    """
+    found = interval_95(values)
+    return None if found is None else (max(0.0, found[0]), min(1.0, found[1]))
+
+
+def paired_interval_95(first: Sequence[float], last: Sequence[float]) -> Interval | None:
+    """Student's 95 % interval for the mean of `last` − `first`, paired value by value; None for fewer than two pairs.
+
+    Raises:
+        ValueError: not as many of one as of the other.
+    """
+    return interval_95([b - a for a, b in zip(first, last, strict=True)])
