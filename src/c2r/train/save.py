@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from c2r.config import RunConfig
 from c2r.interop.saelens import save_sae
 from c2r.penalty import lambda_of_strength, strength_of_lambda
-from c2r.train.checkpoint import bytes_of, cannot_write
+from c2r.storage import cannot_write
+from c2r.train.checkpoint import bytes_of
 from c2r.train.run import Run
 from c2r.train.source import Source
 
@@ -39,6 +40,7 @@ def save_run(
         "train": config.train.model_dump(mode="json"),
         "sae": run.config.model_dump(mode="json", by_alias=True),
         "state": {**state, **_both_units(run, config)},
+        "identity": source.identity,
     }
     sae = run.export(scale)
     try:
