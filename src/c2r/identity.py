@@ -43,7 +43,7 @@ def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The numbers in their order, as flat pieces; a tensor that is not contiguous is taken apart before it is copied."""
+    """The numbers in their order, as flat pieces; what is not contiguous is taken apart before it is copied."""
     if tensor.is_contiguous() or tensor.numel() <= _NUMBERS:
         yield from tensor.reshape(-1).split(_NUMBERS)
     else:
@@ -82,7 +82,8 @@ def _code_of(model: Any) -> str:
 
 def of_tokenizer(tokenizer: Any) -> str:
     """Digest of all that decides a text's ids: vocabulary, merges, normalisation, special tokens, what is put in front
-    of a text (BOS), and the chat template."""
+    of a text (BOS), and the chat template.
+    """
     if tokenizer is None:
         return "none"
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -116,7 +117,7 @@ def of_files(paths: Sequence[Path]) -> str:
             digest.update(f"{ending} {stat.st_size} {found};".encode())
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
-    return f"{len(paths)} file{'s'[: len(paths) != 1]}, {total:,} bytes, {digest.hexdigest()[:20]}"
+    return f"{len(paths)} file{'s'[: len(paths) != 1]} of {total:,} bytes, {digest.hexdigest()[:20]}"
 
 
 @functools.lru_cache(maxsize=1_000_000)

@@ -207,9 +207,7 @@ def _names(pattern: tuple[str, ...], name: str) -> bool:
 
 
 @contextlib.contextmanager
-def held(
-    folder: Path, kind: str, field: str, doing: str, say: Callable[[str], None] | None = None
-) -> Iterator[None]:
+def held(folder: Path, kind: str, field: str, doing: str, say: Callable[[str], None] | None = None) -> Iterator[None]:
     """Make the folder, mark it, and hold it while entered, so that no two processes (or threads) write in it.
 
     Arguments:

@@ -36,7 +36,7 @@ from c2r.data.cache import (
 )
 from c2r.data.harvest import LanguageModel, load_language_model, pick_device
 from c2r.data.identify import Identity, files_of, identity_of
-from c2r.data.reader import CALIBRATION_TOKENS, LiveReader, Part, live_reader, measure, usual
+from c2r.data.reader import CALIBRATION_TOKENS, LiveReader, Part, check_kept, live_reader, measure, usual
 from c2r.data.tokens import check_source
 from c2r.identity import differences
 from c2r.storage import Busy, cannot_write, held, read_held, record, sweep, write_text
@@ -174,6 +174,7 @@ def _extend(
             parts = itertools.chain(first, parts)
             _record(config, manifest, shards, kept, complete=False)
         pending: list[Part] = []
+        seen, before = 0, kept
         say = _progress(kept, target, console)
         for part in parts:
             if sum(map(len, pending)) >= size:
@@ -181,6 +182,8 @@ def _extend(
                 pending = []
             pending.append(part)
             kept += _kept(part.norms, manifest, config)
+            seen += len(part)
+            check_kept(seen, kept - before, config.stream)
             say(kept)
             if kept >= target:
                 break

@@ -12,8 +12,8 @@ from c2r.identity import ACTIVATIONS, differences, of_folder, of_tokenizer, vers
 
 Identity = dict[str, Any]
 """`text` by section of the configuration, `tokenizer`, `model` (configuration and weights), and `activations`, the
-revision of the code that makes them. A cache's also has `files`, the model's files as they were. `code`, the versions of
-libraries, is recorded and not compared."""
+revision of the code that makes them. A cache's also has `files`, the model's files as they were. `code`, the versions
+of libraries, is recorded and not compared."""
 
 
 def identity_of(data: DataConfig, lm: LanguageModel, *, held_out: bool = False) -> Identity:

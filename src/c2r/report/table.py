@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Results = Mapping[str, Mapping[str, float | None]]
@@ -84,7 +85,7 @@ def summary(results: Results) -> list[dict[str, Any]]:
 
 
 def summary_of_files(evaluations: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The same from the result files of evaluations."""
+    """The same from the result files of evaluations; those that were moved to `earlier/` do not count."""
     rows = [{"name": name} for name in names]
     for row in rows:
         for path in sorted(evaluations.glob(f"{row['name']}_*.json")):
@@ -106,7 +107,7 @@ def number(value: float | None, form: str) -> str:
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:
     """What has to be said of the figures shown."""
-    found = []
+    found = _unfinished(rows)
     if rows[0].get("max_cos_random_floor") is not None:
         found.append(NOTE.format(floor=rows[0]["max_cos_random_floor"]))
     if "absorption_fraction" in rows[0]:
@@ -114,6 +115,21 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
     if "known_absorption" in rows[0]:
         found.append(KNOWN_NOTE)
     return found
+
+
+def _unfinished(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each SAE whose training was cut short; its column's name is marked."""
+    return [
+        f"‡ {row['name']} is unfinished: it was trained on {row['trained_tokens']:,.0f} of {row['train_tokens']:,.0f} "
+        "tokens. Compare it with none that saw more."
+        for row in rows
+        if row.get("trained_tokens") is not None
+    ]
+
+
+def heading(row: dict[str, Any]) -> str:
+    """An SAE's name at the head of its column, marked if its training was cut short."""
+    return f"{row['name']} ‡" if row.get("trained_tokens") is not None else row["name"]
 
 
 def _absorption_said(rows: list[dict[str, Any]]) -> list[str]:
@@ -137,7 +153,7 @@ def print_results(results: Results, console: Console | None = None) -> None:
     table = Table(title=None)
     table.add_column("")
     for row in rows:
-        table.add_column(row["name"], justify="right")
+        table.add_column(escape(heading(row)), justify="right")
     if len(rows) == 2:
         table.add_column("change", justify="right")
     for figure in shown(rows):

@@ -18,8 +18,8 @@ from torch import Tensor
 from c2r.config import HookPoint, RunConfig
 from c2r.data.harvest import pick_device
 from c2r.data.reader import BrokenActivations
-from c2r.methods import SAEConfig
 from c2r.identity import differences
+from c2r.methods import SAEConfig
 from c2r.sae.base import SAE
 from c2r.train.checkpoint import (
     Checkpoint,
