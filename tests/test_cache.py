@@ -312,7 +312,9 @@ def test_a_disk_that_fills_up_is_named_and_what_is_there_stays(
         original(tensors, path)
 
     monkeypatch.setattr(cache, "save_file", save)
-    with pytest.raises(ValueError, match=r"cannot write .*000001\.blocks\.1.* \([\d,]+ bytes\): .*No space left"):
+    with pytest.raises(
+        ValueError, match=r"cannot write .*000001\.blocks\.1.* \([\d,]+ bytes; [\d,]+ free .*No space left"
+    ):
         fill_cache(config, console=QUIET)
     assert config.cache is not None
     assert not list(config.cache.path.glob("*.partial"))

@@ -15,6 +15,7 @@ from torch import Tensor
 from c2r.config import TrainConfig
 from c2r.neighbors import NeighborTable
 from c2r.recipes import RECIPES
+from c2r.storage import sweep
 from c2r.train import checkpoint
 from c2r.train.checkpoint import (
     CheckpointError,
@@ -23,7 +24,6 @@ from c2r.train.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
     read_checkpoint,
-    sweep,
     write_checkpoint,
 )
 from c2r.train.run import _COUNTED, Run

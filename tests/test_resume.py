@@ -16,9 +16,10 @@ from rich.console import Console
 import c2r
 from c2r.cli import main
 from c2r.config import RunConfig
+from c2r.storage import MARK, record
 from c2r.train import stop
 from c2r.train.checkpoint import list_checkpoints
-from c2r.train.output import as_written, differences, held
+from c2r.train.output import as_written, differences, held, patterns_of
 from c2r.train.run import Run
 from c2r.train.stop import Stopped, StopSignals
 from c2r.train.trainer import train
@@ -192,6 +193,8 @@ def test_overwrite_starts_afresh(whole: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_what_kills_leave_behind_is_nobodys(tmp_path: Path) -> None:
     folder = tmp_path / "run"
+    with held(folder):
+        record(folder, "run", patterns_of(["baseline", "c2r"]), "output")
     for name in (".baseline.0123abcd.partial", ".c2r.89abcdef.old", "checkpoints/.step_00000001.0123abcd.partial"):
         (folder / name).mkdir(parents=True)
         (folder / name / "tensors.safetensors").write_text("half")
@@ -201,7 +204,7 @@ def test_what_kills_leave_behind_is_nobodys(tmp_path: Path) -> None:
     ):
         train(known_run(folder))  # checkpoints without a run.yaml: killed while an earlier run was being overwritten
     train(known_run(folder), overwrite=True)
-    assert {path.name for path in folder.iterdir()} == {"run.yaml", "metrics.jsonl", "baseline", "c2r"}
+    assert {path.name for path in folder.iterdir()} == {MARK, "run.yaml", "metrics.jsonl", "baseline", "c2r"}
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:

@@ -340,7 +340,7 @@ def test_overwrite_replaces_an_earlier_run(tiny_models: dict[str, Path], corpus:
     train(run_config(tmp_path / "run", tiny_models["llama"], corpus))
     saes = [{"name": "other", "width": 16, "k": 2}]
     train(run_config(tmp_path / "run", tiny_models["llama"], corpus, saes=saes), overwrite=True)
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"run.yaml", "metrics.jsonl", "other"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".c2r", "run.yaml", "metrics.jsonl", "other"}
 
 
 @pytest.mark.usefixtures("quick_meta")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ def demo(out: Path = Path("runs/demo")) -> None:
     """
     from c2r.demo import run_demo
 
-    run_demo(out)
+    run_demo(out.expanduser())
 
 
 def train(
@@ -43,7 +44,8 @@ def train(
     config = load_config(run, tuple(value for values in set for value in values))
     folders = train_run(config, overwrite=overwrite, skip_damaged=skip_damaged)
     print("\n".join(map(str, folders.values())))
-    print(f"next: c2r eval {' '.join(map(str, folders.values()))}")
+    for command in _evaluations(config, folders):
+        print(f"next: {command}")
 
 
 def harvest(
@@ -63,8 +65,27 @@ def harvest(
     from c2r.config import load_config
     from c2r.data.fill import fill_cache
 
-    folder = fill_cache(load_config(run, tuple(value for values in set for value in values)), verify=verify)
-    print(f"{folder}\nnext: c2r train {run}")
+    changes = [value for values in set for value in values]
+    folder = fill_cache(load_config(run, tuple(changes)), verify=verify)
+    command = ["c2r", "train", _argument(run), *(["--set", *changes] if changes else [])]
+    print(f"{folder}\nnext: {shlex.join(command)}")
+
+
+def _evaluations(config: Any, folders: dict[str, Path]) -> list[str]:
+    """The commands that evaluate a run's SAEs, ready for a shell: one for each hook point, whose SAEs are compared."""
+    from c2r.presets import SyntheticConfig
+
+    together: dict[Any, list[str]] = {}
+    for sae in config.saes:
+        together.setdefault(config.point(sae), []).append(_argument(folders[sae.name]))
+    known = isinstance(config.data, SyntheticConfig)
+    options = ["--suite", "recovery"] if known else ["--trust-remote-code"] if config.model.trust_remote_code else []
+    return [shlex.join(["c2r", "eval", *saes, *options]) for saes in together.values()]
+
+
+def _argument(path: Path) -> str:
+    """A path that the command line does not take for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def evaluate(
@@ -178,7 +199,8 @@ def audit(
     from c2r.eval.suite import evaluate as evaluate_saes
     from c2r.report.audit import print_audit, write_audit
 
-    folder = out or sae.parent / "evaluations"
+    sae = sae.expanduser()
+    folder = (out or sae.parent / "evaluations").expanduser()
     evaluate_saes(
         [sae],
         folder,
@@ -192,8 +214,12 @@ def audit(
     )
     result = folder / f"{sae.resolve().name}_audit.json"
     print_audit(result)
-    write_audit(result.with_suffix(".html"), result)
-    print(f"page: {result.with_suffix('.html')}")
+    page = result.with_suffix(".html")
+    try:
+        write_audit(page, result)
+    except OSError as error:
+        raise ValueError(f"out: cannot write {page}: {error.strerror}") from error
+    print(f"page: {page}")
 
 
 def _text(changes: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from c2r.methods import (
     SAEConfig,
     Share,
     TopKConfig,
+    at_home,
 )
 from c2r.presets import PRESETS, SyntheticConfig, of_preset
 
@@ -31,7 +32,7 @@ from c2r.presets import PRESETS, SyntheticConfig, of_preset
 class ModelConfig(Frozen):
     """The language model, and the place in it whose activations are learnt."""
 
-    name: str = "embedded"
+    name: Annotated[str, BeforeValidator(at_home)] = "embedded"
     """`embedded`, a folder in Hugging Face format, or a Hub id."""
     layer: Annotated[int, Field(ge=0)] = 0
     """Block, counted from 0."""
@@ -78,7 +79,7 @@ class StreamConfig(Frozen):
 class CacheConfig(Frozen):
     """Activations on disk: `c2r harvest` writes them, `c2r train` reads them in place of a language model."""
 
-    path: Path
+    path: Annotated[Path, BeforeValidator(at_home)]
     """Its folder."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """null: bfloat16 where the model is, else float32; so nothing is rounded."""
@@ -139,7 +140,7 @@ class TrackingConfig(Frozen):
 class RunConfig(Frozen):
     """A whole run: one stream of activations, any number of SAEs trained on it."""
 
-    output: Path
+    output: Annotated[Path, BeforeValidator(at_home)]
     seed: int = 0
     model: ModelConfig = ModelConfig()
     data: AnyData = DataConfig()
@@ -214,6 +215,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         ValueError: no such file, not YAML, a key without a value, an override that fits nowhere, or values that the
             configuration refuses; each names the field, what was given and what is accepted.
     """
+    path = at_home(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

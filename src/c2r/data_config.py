@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StrictInt, StrictStr, model_validator
+from pydantic import BeforeValidator, Field, StrictInt, StrictStr, model_validator
 
-from c2r.methods import Frozen, Positive
+from c2r.methods import Frozen, Positive, at_home
 
 # Keys that only some sources know. Saved configurations name every key, so that "given" means "not the default".
 _KEYS_OF: dict[str, tuple[str, ...]] = {
@@ -24,7 +24,7 @@ class TextSource(Frozen):
     """Where documents come from."""
 
     source: Literal["stdlib", "files", "hf", "mixture"] = "stdlib"
-    path: str | None = None
+    path: Annotated[str, BeforeValidator(at_home)] | None = None
     """files: a file that ends in .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet, a folder or a glob.
     hf: a Hub id or a folder."""
     name: str | None = None

@@ -13,11 +13,13 @@ from c2r.eval.results import write_json
 from c2r.eval.suite import evaluate
 from c2r.report.html import write_report
 from c2r.report.table import print_results, summary
-from c2r.train.output import METRICS_FILE, RUN_FILE, finished
+from c2r.storage import in_the_way, record
+from c2r.train.output import KIND, METRICS_FILE, RUN_FILE, finished
 from c2r.train.trainer import train
 
 EVALUATION_TOKENS = 40_000
 SUITES = ("core", "absorption", "splitting")
+_PAGES = ("summary.json", "known_features.json", "report.html")
 
 
 def run_demo(out: Path) -> None:
@@ -25,7 +27,11 @@ def run_demo(out: Path) -> None:
     began = time.monotonic()
     console = Console()
     config = _asset("demo.yaml", out)
+    taken = in_the_way(out, KIND, _PAGES) if out.is_dir() else []
+    if taken:
+        raise ValueError(f"out: {out} holds something else ({', '.join(taken)}); give a new or empty folder")
     folders = train(config, overwrite=_is_a_demo(out, config) and finished(config), console=console)
+    record(out, KIND, _PAGES, "out")
     results = evaluate(
         list(folders.values()), out / "evaluations", suites=SUITES, tokens=EVALUATION_TOKENS, console=console
     )
@@ -51,7 +57,8 @@ def run_demo(out: Path) -> None:
 
 def demo_of_known_features(out: Path, console: Console) -> dict[str, dict[str, float | None]]:
     """The same two methods on the tree preset: train under `out` and return what the table shows."""
-    folders = train(_asset("known_features.yaml", out), console=console)
+    config = _asset("known_features.yaml", out)
+    folders = train(config, overwrite=_is_a_demo(out, config) and finished(config), console=console)
     return evaluate(list(folders.values()), suites=("recovery",), console=console)
 
 

@@ -56,6 +56,20 @@ class HookPoint(NamedTuple):
         return cls(int(found[1]), cast(Hook, found[2]))
 
 
+def at_home(path: Any) -> Any:
+    """A path in which `~` at the beginning is the user's home folder, as a shell has it; all else as it is.
+
+    Raises:
+        ValueError: `~name` of a user who is not there.
+    """
+    if not str(path).startswith("~"):
+        return path
+    try:
+        return type(path)(Path(path).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"got {str(path)!r}: {error}; write the folder out") from error
+
+
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -113,7 +127,7 @@ class SAEConfig(Frozen):
     """null: `model.hook`."""
     seed: int | None = None
     """Of the initialisation; null: the run's seed, so that the SAEs of a run are paired."""
-    init: Path | None = None
+    init: Annotated[Path, BeforeValidator(at_home)] | None = None
     """Folder of an SAE to start from (same widths, fitting method): fine-tuning with a fresh optimiser."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient; null does not clip."""

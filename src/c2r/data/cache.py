@@ -24,9 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from c2r.config import HookPoint, RunConfig
+from c2r.data.identify import local_differences
 from c2r.data.reader import Part
+from c2r.storage import cannot_write, marked, strangers
 
-FORMAT, MANIFEST, SHARDS, TOKENS = 1, "manifest.json", "shards.jsonl", "tokens"
+FORMAT, MANIFEST, SHARDS, TOKENS = 2, "manifest.json", "shards.jsonl", "tokens"
 _CHUNK, _PART_TOKENS = 2**20, 8192
 
 
@@ -83,6 +85,9 @@ class CacheReader:
 def open_cache(config: RunConfig) -> dict[str, Any]:
     """The manifest of the configured cache, finished and made of what the configuration says.
 
+    Text and model are compared with those of the cache by their contents where they lie on this machine; they need
+    not.
+
     Raises:
         ValueError: there is none, `c2r harvest` has not come to its end, or it was made of something else; the
             differences are shown.
@@ -93,6 +98,7 @@ def open_cache(config: RunConfig) -> dict[str, Any]:
     if manifest is None:
         raise ValueError(f"cache.path: {folder} holds no cache; `c2r harvest` with this configuration makes it")
     check_origin(manifest, config)
+    refuse_differences(config, local_differences(manifest["identity"], config))
     if not manifest["complete"]:
         raise ValueError(
             f"cache.path: {folder} is not finished; run `c2r harvest` again, which goes on where it stopped"
@@ -126,6 +132,15 @@ def check_origin(manifest: dict[str, Any], config: RunConfig) -> None:
     missing = [point.name for point in config.points if point.name not in manifest["points"]]
     if missing:
         found.append(f"hook points: the cache has {', '.join(manifest['points'])}; not {', '.join(missing)}")
+    refuse_differences(config, found)
+
+
+def refuse_differences(config: RunConfig, found: list[str]) -> None:
+    """Refuse the configured cache if anything was found in which it differs.
+
+    Raises:
+        ValueError: a line a difference.
+    """
     if found:
         raise ValueError(
             f"cache.path: {config.cache.path if config.cache else None} was made of something else; "
@@ -148,17 +163,27 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: the folder holds something else, or the manifest is damaged or of another format.
     """
+    foreign = f"cache.path: {folder} holds something else than a cache; give a new or empty folder"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"cache.path: {folder} is not a folder")
     if not (folder / MANIFEST).is_file():
-        if folder.is_dir() and any(not path.name.endswith(".partial") for path in folder.iterdir()):
-            raise ValueError(f"cache.path: {folder} holds something else than a cache; give a new or empty folder")
+        if folder.is_dir() and strangers(folder, "cache"):
+            raise ValueError(foreign)
         return None
+    ours = marked(folder, "cache")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        known = manifest["format"] == FORMAT
+        known = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cache.path: {folder / MANIFEST} is damaged ({error}); delete {folder}") from error
-    if not known:
-        raise ValueError(f"cache.path: {folder} has format {manifest['format']}; this c2r reads format {FORMAT}")
+        said = f"cache.path: {folder / MANIFEST} is damaged ({error}); delete {folder} and harvest again"
+        raise ValueError(said if ours else foreign) from error
+    if known != FORMAT and (ours or "origin" in manifest):
+        raise ValueError(
+            f"cache.path: {folder} has format {known}, which does not record what it was made of as this version of "
+            f"c2r does; it reads format {FORMAT}. Harvest into another folder, or delete this one"
+        )
+    if not ours:
+        raise ValueError(foreign)
     return manifest
 
 
@@ -255,15 +280,5 @@ def _write(folder: Path, number: int, name: str, tensors: dict[str, Tensor]) -> 
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise ValueError(f"cache.path: cannot write {path} ({size:,} bytes): {error}") from error
+        raise ValueError(f"cache.path: {cannot_write(path, size, error)}") from error
     return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import gzip
-import hashlib
 import json
 import random
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 from c2r.data.document import Document, Read, as_document, fields_of
 from c2r.data_config import TextSource
+from c2r.identity import of_files
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _ACCEPTED = f"{', '.join(ENDINGS[:-1])} and {ENDINGS[-1]}"
@@ -58,9 +58,15 @@ class FileReader:
 
     @property
     def identity(self) -> str:
-        """Of the files' names and sizes."""
-        sizes = [[path.name, path.stat().st_size] for path in self.paths]
-        return f"{len(sizes)} files {hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]}"
+        """The files' contents in their order; see `of_files` for what is read of very large ones.
+
+        Raises:
+            ValueError: a file cannot be read.
+        """
+        try:
+            return of_files(self.paths)
+        except ValueError as error:
+            raise ValueError(f"{self.section}.path: {error}") from error
 
     def read(self, seed: int, start: Any = None) -> Read:
         """See `Reader`; a position is the file's number, lines or rows read of it, and bytes of those lines."""

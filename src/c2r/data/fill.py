@@ -26,16 +26,20 @@ from c2r.data.cache import (
     check_origin,
     file_name,
     load,
+    open_cache,
     origin_of,
     read_manifest,
     read_shards,
+    refuse_differences,
     size_fault,
     write_shard,
-    write_text,
 )
 from c2r.data.harvest import LanguageModel, load_language_model, pick_device
-from c2r.data.reader import CALIBRATION_TOKENS, LiveReader, Part, live_reader, measure, usual
+from c2r.data.identify import Identity, files_of, identity_of
+from c2r.data.reader import CALIBRATION_TOKENS, LiveReader, Part, check_kept, live_reader, measure, usual
 from c2r.data.tokens import check_source
+from c2r.identity import differences
+from c2r.storage import Busy, cannot_write, held, read_held, record, sweep, write_text
 
 _QUIET_SECONDS = 20.0
 
@@ -44,43 +48,78 @@ def fill_cache(config: RunConfig, *, verify: bool = False, console: Console | No
     """Harvest what `train.tokens` (or `cache.tokens`) asks for, beyond what is dropped, and return the cache's folder.
 
     Shards and their lines are written one after another, each whole or not at all, so that whatever ends this early
-    loses at most the shard under way. Files that are missing or of another size are made anew.
+    loses at most the shard under way. Files that are missing or of another size are made anew. While it is filled, no
+    other process may write to the cache or read it.
 
     Arguments:
         verify: compare the checksums of all files that are there too.
 
     Raises:
-        ValueError: no cache configured, a folder with something else or made of something else, a disk that is too
-            small, or what the model and the text raise.
+        ValueError: no cache configured, a folder with something else or made of something else, one that cannot be
+            written or that another process uses, a disk that is too small, or what the model and the text raise.
     """
     console = console or Console(stderr=True)
     if config.cache is None or not isinstance(config.data, DataConfig):
         raise ValueError("cache: no such section; `cache: {path: runs/activations}` says where activations shall go")
     folder = config.cache.path
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder)  # before the folder is made or marked
     if manifest is not None:
         check_origin(manifest, config)
     check_source(config.data)
-    lm = load_language_model(config.model, pick_device(config.train.device))
-    dtype: torch.dtype = getattr(torch, origin_of(config)["cache"]["dtype"])
-    reader = live_reader(config, lm, dtype)
-    if manifest is None:
-        manifest = _new_manifest(config, lm)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    elif manifest["identity"] != lm.identity:
-        raise ValueError(f"cache.path: {folder} was made by another model of the name {config.model.name!r}")
-    reader.points = tuple(map(HookPoint.of, manifest["points"]))
-    _extend(config, manifest, reader, _mend(folder, reader, verify, console), console)
+    try:
+        with held(folder, "cache", "cache.path", "harvesting into", say=console.print):
+            record(folder, "cache", (MANIFEST, SHARDS, "*.safetensors"), "cache.path")
+            sweep(folder)
+            _fill(config, read_manifest(folder), verify, console)
+    except Busy as busy:
+        if not busy.readers or verify:
+            raise
+        with read_held(folder, "cache.path"):  # runs train on it, which need not keep a second harvest from its end
+            if not _said_complete(config, console):
+                raise busy from None
     return folder
 
 
-def _new_manifest(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
+def _fill(config: RunConfig, manifest: dict[str, Any] | None, verify: bool, console: Console) -> None:
+    """Fill a cache whose folder is held; `manifest` is what it has."""
+    assert config.cache is not None and isinstance(config.data, DataConfig)  # noqa: PT018
+    folder = config.cache.path
+    lm = load_language_model(config.model, pick_device(config.train.device))
+    dtype: torch.dtype = getattr(torch, origin_of(config)["cache"]["dtype"])
+    reader, identity = live_reader(config, lm, dtype), identity_of(config.data, lm)
+    if manifest is None:
+        manifest = _new_manifest(config, lm, identity)
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n", "cache.path")
+    else:
+        check_origin(manifest, config)
+        refuse_differences(config, differences(manifest["identity"], identity, "was", "is now"))
+    reader.points = tuple(map(HookPoint.of, manifest["points"]))
+    _extend(config, manifest, reader, _mend(folder, reader, verify, console), console)
+
+
+def _said_complete(config: RunConfig, console: Console) -> bool:
+    """Whether a cache that runs are reading has all that is asked for; if so, say it."""
+    assert config.cache is not None
+    manifest, target = open_cache(config), config.cache.tokens or config.train.tokens
+    shards = read_shards(config.cache.path)
+    if any(size_fault(config.cache.path, shard, name) for shard in shards for name in shard["files"]):
+        return False
+    kept = sum(_kept_of_shard(config.cache.path, shard, manifest, config) for shard in shards)
+    if kept >= target:
+        _say_nothing_to_do(config.cache.path, kept, target, console)
+    return kept >= target
+
+
+def _say_nothing_to_do(folder: Path, kept: int, target: int, console: Console) -> None:
+    console.print(f"{folder} has {kept:,} tokens, {target:,} are asked for: nothing to do", soft_wrap=True)
+
+
+def _new_manifest(config: RunConfig, lm: LanguageModel, identity: Identity) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "complete": False,
         "origin": origin_of(config),
-        "identity": lm.identity,
+        "identity": {**identity, "files": files_of(config.model)},
         "points": [point.name for point in config.points],
         "d_in": lm.d_in,
         "prepend_bos": lm.tokenizer.bos_token_id is not None,
@@ -104,7 +143,7 @@ def _mend(folder: Path, reader: LiveReader, verify: bool, console: Console) -> l
             )
             parts = list(itertools.islice(reader.read(shard["start"]), shard["parts"]))
             shards[place] = write_shard(folder, shard["number"], parts, shard["end"])
-            write_text(folder / SHARDS, "".join(map(_line, shards)))
+            write_text(folder / SHARDS, "".join(map(_line, shards)), "cache.path")
     return shards
 
 
@@ -118,14 +157,14 @@ def _extend(
     counts = [_kept_of_shard(folder, shard, manifest, config) for shard in shards]
     if (kept := sum(counts)) >= target:
         _record(config, manifest, shards, kept, complete=True)
-        console.print(f"{folder} has {kept:,} tokens, {target:,} are asked for: nothing to do", soft_wrap=True)
+        _say_nothing_to_do(folder, kept, target, console)
         return
     if shards and shards[-1]["end"] is None:  # cut short where an earlier harvest ended; now it is to be longer
         shards.pop()
         kept -= counts.pop()
     _check_room(folder, (target - kept) * manifest["d_in"] * dtype.itemsize * len(reader.points))
     # A line that was cut short goes too.
-    write_text(folder / SHARDS, "".join(map(_line, shards)))
+    write_text(folder / SHARDS, "".join(map(_line, shards)), "cache.path")
     _record(config, manifest, shards, kept, complete=False)
     ahead = Ahead(partial(reader.read, shards[-1]["end"] if shards else None), size)
     try:
@@ -135,6 +174,7 @@ def _extend(
             parts = itertools.chain(first, parts)
             _record(config, manifest, shards, kept, complete=False)
         pending: list[Part] = []
+        seen, before = 0, kept
         say = _progress(kept, target, console)
         for part in parts:
             if sum(map(len, pending)) >= size:
@@ -142,6 +182,8 @@ def _extend(
                 pending = []
             pending.append(part)
             kept += _kept(part.norms, manifest, config)
+            seen += len(part)
+            check_kept(seen, kept - before, config.stream)
             say(kept)
             if kept >= target:
                 break
@@ -186,10 +228,14 @@ def _kept_of_shard(folder: Path, shard: dict[str, Any], manifest: dict[str, Any]
 def _add(folder: Path, shards: list[dict[str, Any]], parts: list[Part], end: Any) -> None:
     """Write a shard, then its line: what is listed is whole."""
     shards.append(write_shard(folder, len(shards), parts, end))
-    with (folder / SHARDS).open("a", encoding="utf-8") as lines:
-        lines.write(_line(shards[-1]))
-        lines.flush()
-        os.fsync(lines.fileno())
+    line = _line(shards[-1])
+    try:
+        with (folder / SHARDS).open("a", encoding="utf-8") as lines:
+            lines.write(line)
+            lines.flush()
+            os.fsync(lines.fileno())
+    except OSError as error:
+        raise ValueError(f"cache.path: {cannot_write(folder / SHARDS, len(line), error)}") from error
 
 
 def _record(
@@ -202,7 +248,7 @@ def _record(
         "max_norm_multiple": config.stream.max_norm_multiple,
         "kept": kept,
     }
-    write_text(config.cache.path / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    write_text(config.cache.path / MANIFEST, json.dumps(manifest, indent=2) + "\n", "cache.path")
 
 
 def _line(shard: dict[str, Any]) -> str:

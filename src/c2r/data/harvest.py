@@ -6,7 +6,6 @@ R rows · T positions in a context · D width of the activations · V vocabulary
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.resources import files
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from c2r.config import Hook, HookPoint, ModelConfig
 from c2r.data.memory import RoomError, check_fits
+from c2r.identity import of_model
 
 Replace = Callable[[Tensor], Tensor]
 
@@ -64,13 +64,8 @@ class LanguageModel:
 
     @cached_property
     def identity(self) -> str:
-        """Tells models apart that share a name: their configuration, and the sum of each of their weights."""
-        digest = hashlib.sha256(self.model.config.to_json_string().encode())
-        for name, weight in self.model.named_parameters():  # every one: a merged adapter may change a few of them
-            # In pieces: a sum in another precision copies what it adds.
-            total = sum(piece.sum(dtype=torch.float64).item() for piece in weight.detach().flatten().split(2**24))
-            digest.update(f"{name} {tuple(weight.shape)} {total:.10g}".encode())
-        return digest.hexdigest()[:24]
+        """Digests of the model's configuration and of its weights, joined by a colon; see `of_model`."""
+        return of_model(self.model)
 
     @torch.no_grad()
     def activations(self, ids_RT: Tensor) -> Tensor:

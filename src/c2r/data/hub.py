@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 
 from c2r.data.document import Read, as_document, fields_of
 from c2r.data_config import TextSource
+from c2r.identity import of_files
 
 _BATCH = 64  # rows of a local data set that are fetched at once
 
@@ -49,9 +52,17 @@ class DataSetReader:
 
     @property
     def identity(self) -> str:
-        """Of the name and the number of shards or rows."""
-        size = f"{self.data.num_shards} shards" if self.source.streaming else f"{len(self.data)} rows"
-        return f"{self.source.path}/{self.source.name}/{self.source.split} {size}"
+        """The contents of a local data set's files; of one on the Hub, the commit that its revision stands for.
+
+        Raises:
+            ValueError: it cannot be opened or read.
+        """
+        source, size = self.source, "" if self.source.streaming else f", {len(self.data)} rows"
+        try:
+            found = _contents(source.path or "", source.split, source.name, source.revision)
+        except ValueError as error:
+            raise ValueError(f"{self.section}.path: {error}") from error
+        return f"{source.name or 'default'}, split {source.split}{size}: {found}"
 
     def read(self, seed: int, start: Any = None) -> Read:
         """See `Reader`; a position is the shard's number and its `state_dict`, or the number of rows read."""
@@ -95,6 +106,11 @@ class DataSetReader:
                 yield f"{self.source.path}, row {row}", record, partial(int, first + offset + 1)
 
 
+def _saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
+
+
 def open_data_set(
     path: str,
     split: str,
@@ -111,7 +127,7 @@ def open_data_set(
     import datasets
 
     try:
-        if not any((Path(path) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+        if not _saved(Path(path)):
             return datasets.load_dataset(path, name, split=split, revision=revision, streaming=streaming)
         saved = datasets.load_from_disk(path)
         if isinstance(saved, datasets.DatasetDict):
@@ -121,6 +137,41 @@ def open_data_set(
         return saved.to_iterable_dataset() if streaming else saved
     except Exception as error:  # datasets raises many kinds; all of them mean that the configuration is off
         raise ValueError(f"{section}.path: cannot open data set {path!r}, split {split!r}: {error}") from error
+
+
+def _contents(path: str, split: str, name: str | None, revision: str | None) -> str:
+    folder = Path(path)
+    if _saved(folder):
+        of_split = folder / split if (folder / "dataset_dict.json").is_file() else folder
+        return of_files(sorted(of_split.glob("*.arrow")))
+    if folder.is_dir():
+        return _origin(path, split, name, revision)
+    return _origin_on_the_hub(path, split, name, revision)
+
+
+def _origin(path: str, split: str, name: str | None, revision: str | None) -> str:
+    """What the files of a split are: by their contents where they lie here, else by the commit or tag of each."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(path, name, revision=revision)
+    except Exception as error:  # as in `open_data_set`
+        raise ValueError(f"cannot open data set {path!r}: {error}") from error
+    by_split: Any = builder.config.data_files or {}
+    lists = [by_split[split]] if split in by_split else list(by_split.values())
+    names = [file for found in lists for file in found]
+    if not names:
+        return f"{builder.hash}"
+    if all(Path(file).is_file() for file in names):
+        return of_files([Path(file) for file in names])
+    origins = sorted({" ".join(map(str, origin)) for found in lists for origin in found.origin_metadata})
+    if len(origins) == 1:
+        return f"{len(names)} files of {origins[0]}"
+    return f"{len(names)} files, {hashlib.sha256(json.dumps([names, origins]).encode()).hexdigest()[:20]}"
+
+
+_origin_on_the_hub = lru_cache(_origin)
+"""A process asks once, so that what it reads is what it recorded."""
 
 
 def hf_records(path: str, split: str, name: str | None = None, seed: int = 0) -> Iterator[dict[str, Any]]:

@@ -175,6 +175,20 @@ def measure(parts: Sequence[Part], tokens: int, config: StreamConfig) -> Measure
     return Measured(median, scale)
 
 
+def check_kept(read: int, kept: int, config: StreamConfig) -> None:
+    """Refuse to search on for tokens that are no outliers where there are next to none.
+
+    Raises:
+        ValueError: of the last 65,536 tokens or more, fewer than one in a hundred is kept.
+    """
+    if read >= CALIBRATION_TOKENS and kept * 100 < read:
+        raise ValueError(
+            f"stream.max_norm_multiple: got {config.max_norm_multiple}, and {read - kept:,} of the last {read:,} tokens "
+            "are outliers: their norms are that many times the median norm of the first tokens. Does the model emit "
+            "what it did then? null keeps all tokens"
+        )
+
+
 def usual(norms: dict[HookPoint, Tensor], median: dict[HookPoint, float], config: StreamConfig) -> Tensor:
     """Bool `[n]`: tokens that are an outlier at none of the hook points, so that all SAEs see the same ones."""
     return counts_at_all(counting_rules(median, config.max_norm_multiple), norms)

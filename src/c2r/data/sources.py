@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from functools import partial
@@ -12,8 +11,9 @@ from c2r.config import DataConfig
 from c2r.data.document import Document, Read, Reader
 from c2r.data.files import FileReader
 from c2r.data.hub import DataSetReader
-from c2r.data.text import spelling_lists, stdlib_files, stdlib_sources
+from c2r.data.text import spelling_lists, stdlib_part, stdlib_sources
 from c2r.data_config import TextSource
+from c2r.identity import of_files
 
 Shard = tuple[int, int]
 """Index and count: document n of a pass belongs to the shard n mod count."""
@@ -28,9 +28,8 @@ class StdlibReader:
 
     @property
     def identity(self) -> str:
-        """Of the files' paths below the library's folder, which follow the version of Python."""
-        names = [path.parts[-3:] for path in stdlib_files()]
-        return f"stdlib {self.held_out} {hashlib.sha256(repr(names).encode()).hexdigest()[:16]}"
+        """The contents of the files, which follow the version of Python."""
+        return f"stdlib, {'held-out' if self.held_out else 'training'} part: {of_files(stdlib_part(self.held_out))}"
 
     def read(self, seed: int, start: Any = None) -> Read:
         """See `Reader`; a position is the number of files read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sysconfig
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,15 @@ PAIRS_PER_LIST = 40
 def stdlib_files() -> list[Path]:
     """The `.py` files of the running Python's standard library, tests left out, sorted by their path."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = [p for p in root.rglob("*.py") if not _SKIPPED.intersection(p.relative_to(root).parts)]
+    found = _python_files(root)
     if not found:
         raise ValueError(f"data.source: 'stdlib' found no Python source under {root}; use source 'files' or 'hf'")
+    return list(found)
+
+
+@cache  # the search passes through all that is installed, which takes a second
+def _python_files(root: Path) -> list[Path]:
+    found = [p for p in root.rglob("*.py") if not _SKIPPED.intersection(p.relative_to(root).parts)]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -34,13 +41,19 @@ def stdlib_sources(seed: int = 0, held_out: bool | None = None, start: int = 0) 
     `held_out` picks the files that the embedded model never trained on (a list of names that ships with the package,
     one in twenty, so that another Python version holds out the same ones), the rest, or, when None, all.
     """
-    root, paths = Path(sysconfig.get_paths()["stdlib"]), stdlib_files()
-    if held_out is not None:
-        names = set((files("c2r") / "assets" / "held_out.txt").read_text(encoding="utf-8").split())
-        paths = [path for path in paths if (path.relative_to(root).as_posix() in names) == held_out]
+    root, paths = Path(sysconfig.get_paths()["stdlib"]), stdlib_part(held_out)
     random.Random(seed).shuffle(paths)
     for path in paths[start:]:
         yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8", errors="replace")
+
+
+def stdlib_part(held_out: bool | None) -> list[Path]:
+    """The files of `stdlib_files` that are held out, the rest, or all (None), in the same order."""
+    root, paths = Path(sysconfig.get_paths()["stdlib"]), stdlib_files()
+    if held_out is None:
+        return paths
+    names = set((files("c2r") / "assets" / "held_out.txt").read_text(encoding="utf-8").split())
+    return [path for path in paths if (path.relative_to(root).as_posix() in names) == held_out]
 
 
 def alphabetic_tokens(tokenizer: Any) -> Iterator[tuple[str, int]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from c2r.config import HookPoint, StreamConfig
 from c2r.data.ahead import Ahead
-from c2r.data.reader import CALIBRATION_TOKENS, Measured, Part, Reader, measure, usual
+from c2r.data.reader import CALIBRATION_TOKENS, Measured, Part, Reader, check_kept, measure, usual
 from c2r.data.shuffle import permutation
 
 Piece = dict[HookPoint, Tensor]
@@ -107,6 +107,8 @@ class Windows:
         """Parts that were measured and are not yet put into a window."""
         self._part: Part | None = None
         self._used, self._skip = 0, begun["skip"]
+        self._seen = self._kept = 0
+        """Tokens read for the window that is being filled, and those that were no outliers."""
 
     def measure(self) -> Measured:
         """Median norms and scales, measured on the first tokens where they are not known."""
@@ -141,6 +143,7 @@ class Windows:
     def _turn(self) -> bool:
         """Read the next window and stand at its begin; False where the text has no more."""
         self._window = None  # before the next is read: one is held at a time
+        self._seen = self._kept = 0
         number, served = self._number, self._served
         size, pieces, filled, start = self._size_of(number), [], 0, {}
         while filled < size and (part := self._more()) is not None:
@@ -167,6 +170,9 @@ class Windows:
                 return None
             keep_n = usual(part.norms, median, self.config)
             self._dropped_before, dropped = self.dropped, int((~keep_n).sum())
+            self._seen += len(part)
+            self._kept += len(part) - dropped
+            check_kept(self._seen, self._kept, self.config)
             self.dropped += dropped
             self._part = part.only(keep_n) if dropped else part
             self._used, self._skip = self._skip, 0

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,8 +27,10 @@ from c2r.data.harvest import LanguageModel
 from c2r.data.tokens import Rows, packed_rows
 from c2r.eval.judge import JudgeConfig
 from c2r.eval.results import Metrics
+from c2r.identity import source_digest
 from c2r.progress import progress_bar
 from c2r.sae.base import SAE
+from c2r.storage import hidden
 
 __all__ = [  # with what evaluations need of other modules
     "FAILURES",
@@ -76,8 +77,10 @@ class Outcome:
 
 
 class Cache:
-    """Tensors on disk under a key of everything they depend on; made once, then read. Another version of c2r makes
-    them anew.
+    """Tensors on disk under a key of everything they depend on; made once, then read.
+
+    The key also has the versions of c2r and torch, and a digest of c2r's own source, so that any change of the code
+    that evaluates makes them again. A folder that cannot be written costs the cache, and no result; it is said once.
 
     Arguments:
         folder: None: `$C2R_CACHE`, or `c2r` in the user's cache folder.
@@ -85,25 +88,30 @@ class Cache:
 
     def __init__(self, folder: Path | None = None) -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        self.folder = folder or Path(os.environ.get("C2R_CACHE", home / "c2r"))
+        self.folder = (folder or Path(os.environ.get("C2R_CACHE", home / "c2r"))).expanduser()
+        self._said = False
 
     def get(self, kind: str, key: dict[str, Any], make: Callable[[], Tensors]) -> Tensors:
         """The tensors of `key`, from disk if they are there whole, else from `make`."""
-        text = json.dumps({**key, "c2r": __version__}, sort_keys=True, default=str)
+        code = {"c2r": __version__, "source": source_digest(), "torch": torch.__version__}
+        text = json.dumps({**key, **code}, sort_keys=True, default=str)
         path = self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
         if path.is_file():
-            try:
+            with contextlib.suppress(SafetensorError, OSError):  # cut short or damaged: made again
                 return load_file(path)
-            except (SafetensorError, OSError):
-                path.unlink(missing_ok=True)  # cut short or damaged: made again
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+        partial = hidden(path, "partial")
         try:
-            save_file(tensors, partial, metadata={"key": text})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(tensors, partial, metadata={"key": text})
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        except (SafetensorError, OSError) as error:
+            if not self._said:
+                self._said = True
+                Console(stderr=True).print(f"nothing is kept for later evaluations: cannot write {path}: {error}")
         return tensors
 
 

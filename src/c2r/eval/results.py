@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import tempfile
 import time
 import uuid
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from c2r.storage import write_text
+
+EARLIER = "earlier"
+"""Folder beside results for those that others have taken the place of."""
 Metrics = dict[str, dict[str, float]]
 
 
@@ -31,18 +37,17 @@ def histogram(values: Tensor, low: float, high: float, bins: int = 60) -> Histog
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all; NaN and infinity, which JSON lacks, become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    """Write JSON whole or not at all; NaN and infinity, which JSON lacks, become null.
+
+    Raises:
+        ValueError: it cannot be written; names the file.
+    """
+    text = json.dumps(_finite(content, None), indent=2) + "\n"
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(_finite(content, None), file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out: cannot make the folder {path.parent}: {error.strerror}") from error
+    write_text(path, text, "out")
 
 
 def write_result(
@@ -56,28 +61,85 @@ def write_result(
     details: list[dict[str, Any]] | None = None,
     unstructured: dict[str, Any] | None = None,
     file: str | None = None,
+    console: Console | None = None,
 ) -> Path:
-    """Write `<sae>_<file or evaluation>.json`, the envelope that SAEBench's plots and tables read; return its path."""
+    """Write `<sae>_<file or evaluation>.json`, the envelope that SAEBench's plots and tables read; return its path.
+
+    An earlier result of that name is replaced if it is one of the same SAE with the same settings, on the same text
+    and model by their contents; any other is moved to `earlier/`, its date in its name, which is said.
+
+    Raises:
+        ValueError: it cannot be written. It is then in a temporary folder, which the message names.
+    """
     path = folder / f"{sae_name}_{file or evaluation}.json"
-    write_json(
-        path,
-        {
-            "eval_type_id": evaluation,
-            "eval_config": config,
-            "eval_id": str(uuid.uuid4()),
-            "datetime_epoch_millis": int(time.time() * 1000),
-            # SAEBench's core schema demands every figure, -1 where there is none.
-            "eval_result_metrics": _finite(metrics, -1 if evaluation == "core" else None),
-            "eval_result_details": details or [],
-            "sae_bench_commit_hash": "",
-            "sae_lens_id": sae_name,
-            "sae_lens_release_id": "c2r",
-            "sae_lens_version": sae_config.get("metadata", {}).get("sae_lens_version"),
-            "sae_cfg_dict": sae_config,
-            "eval_result_unstructured": unstructured or {},
-        },
-    )
+    content = {
+        "eval_type_id": evaluation,
+        "eval_config": config,
+        "eval_id": str(uuid.uuid4()),
+        "datetime_epoch_millis": int(time.time() * 1000),
+        # SAEBench's core schema demands every figure, -1 where there is none.
+        "eval_result_metrics": _finite(metrics, -1 if evaluation == "core" else None),
+        "eval_result_details": details or [],
+        "sae_bench_commit_hash": "",
+        "sae_lens_id": sae_name,
+        "sae_lens_release_id": "c2r",
+        "sae_lens_version": sae_config.get("metadata", {}).get("sae_lens_version"),
+        "sae_cfg_dict": sae_config,
+        "eval_result_unstructured": unstructured or {},
+    }
+    try:
+        keep_earlier(path, content, console)
+        write_json(path, content)
+    except (OSError, ValueError) as error:
+        aside = Path(tempfile.mkdtemp(prefix="c2r-result-")) / path.name
+        write_json(aside, content)
+        raise ValueError(f"{error}; the result is in {aside}") from error
     return path
+
+
+def keep_earlier(path: Path, content: dict[str, Any], console: Console | None = None) -> None:
+    """Move a result that is not of the same SAE, settings, text and model out of the way of a new one."""
+    if not path.is_file():
+        return
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if _question(earlier) == _question(json.loads(json.dumps(content))):
+            return
+        made = earlier["datetime_epoch_millis"] / 1000
+    except (ValueError, KeyError, TypeError, AttributeError):  # no result of ours
+        made = path.stat().st_mtime
+    date = datetime.fromtimestamp(made, timezone.utc).strftime("%Y-%m-%dT%H-%M-%S")
+    stem = f"{path.stem}_{date}"
+    (path.parent / EARLIER).mkdir(exist_ok=True)
+    taken = {found.stem for found in (path.parent / EARLIER).iterdir()}
+    stem = next(name for name in (stem, *(f"{stem}_{i}" for i in range(2, len(taken) + 3))) if name not in taken)
+    for file in (path, path.with_suffix(".html")):  # the page of an audit
+        if file.is_file():
+            file.rename(path.parent / EARLIER / f"{stem}{file.suffix}")
+    if console is not None:
+        kept = path.parent / EARLIER / f"{stem}.json"
+        console.print(
+            f"an earlier result with other settings, text, model or weights is kept as {kept}", soft_wrap=True
+        )
+
+
+def _question(result: dict[str, Any]) -> Any:
+    """What a result is an answer to: all but versions of code, which are facts."""
+    config = dict(result["eval_config"])
+    identity = {part: said for part, said in config.pop("identity", {}).items() if part != "code"}
+    return _finite([result["eval_type_id"], config, identity], None)
+
+
+def unfinished(sae_config: dict[str, Any]) -> dict[str, float | None]:
+    """Tokens that an SAE was trained on (`trained_tokens`), of how many (`train_tokens`); empty for one of which c2r
+    does not know that its training was cut short.
+    """
+    try:
+        ours = sae_config["c2r"]
+        seen, wanted, stopped = ours["state"]["tokens"], ours["train"]["tokens"], ours["state"]["stopped"]
+    except (KeyError, TypeError):
+        return {}
+    return {} if stopped is None and seen >= wanted else {"trained_tokens": seen, "train_tokens": wanted}
 
 
 def _finite(node: Any, missing: int | None) -> Any:

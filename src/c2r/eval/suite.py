@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from c2r.data.harvest import load_language_model, pick_device
+from c2r.data.identify import Identity, identity_of
 from c2r.data.labelled import check_labelled
 from c2r.data.tokens import check_source
 from c2r.eval.audit import run_audit
@@ -24,13 +25,16 @@ from c2r.eval.judge import JudgeConfig, endpoint_of
 from c2r.eval.origin import model_of, text_of_all
 from c2r.eval.probing import run_probing
 from c2r.eval.recovery import run_recovery
-from c2r.eval.results import write_result
+from c2r.eval.results import unfinished, write_result
 from c2r.eval.sae_bench import PREFIX, foreign_suites
 from c2r.eval.splitting import run_splitting
 from c2r.eval.stability import run_stability
+from c2r.identity import ACTIVATIONS, differences, of_tensors, versions
 from c2r.interop.sae_bench import check_installed
 from c2r.interop.saelens import load_sae
+from c2r.methods import at_home
 from c2r.sae.base import SAE
+from c2r.storage import check_writable
 
 Summary = dict[str, float | None]
 Run = Callable[[dict[str, SAE]], Iterator[Outcome]]
@@ -95,9 +99,11 @@ def evaluate(
     Raises:
         ValueError: an unknown suite, a folder that is no SAE, SAEs of different hook points or different text, a model
             that does not fit, or text without tokens.
-        EvaluationError: at the very end, when all other results are written: evaluations that failed.
+        EvaluationError: at the very end, when all other results are written: evaluations that failed, or whose result
+            could not be written where it belongs; it is then in a temporary folder that the message names.
     """
     console = console or Console(stderr=True)
+    model, probe_data = (None if name is None else at_home(name) for name in (model, probe_data))
     for suite in suites:
         if suite not in SUITES | MODEL_FREE:
             raise ValueError(f"--suite: got {suite!r}; accepted are {', '.join(SUITES | MODEL_FREE)}")
@@ -114,13 +120,17 @@ def evaluate(
     if probe_data is not None:
         check_labelled(probe_data)
     chosen_device = pick_device(device)
-    names = _names(folders)
+    names = _names([folder.expanduser() for folder in folders])
     saes = {name: load_sae(folder).to(chosen_device) for name, folder in names.items()}
+    out = None if out is None else out.expanduser()
+    results = {name: out or folder.parent / "evaluations" for name, folder in names.items()}
+    for folder in dict.fromkeys(results.values()):
+        check_writable(folder, "out")
     kept = Cache(cache)
     settings: dict[str, Any] = {"tokens": tokens, "seed": seed}
     alone = Setting(tokens, seed, console, chosen_device, kept, model)
     runs: dict[str, Run] = {suite: partial(run, alone) for suite, run in MODEL_FREE.items()}
-    bench = None
+    bench, identity = None, {"activations": ACTIVATIONS, "code": versions()}
     if not set(suites) <= set(MODEL_FREE):
         bench = _bench(saes, model, data or {}, tokens, seed, chosen_device, trust_remote_code, kept, console)
         bench.judge, bench.probe_data = judge, probe_data
@@ -129,10 +139,19 @@ def evaluate(
             "data": bench.data.model_dump(mode="json"),
             "held_out": bench.data.source == "stdlib",
         }
+        identity = identity_of(bench.data, bench.lm, held_out=True)
+        for name, sae in saes.items():
+            _say_of_another_model(name, sae, identity, console)
         runs |= {suite: partial(run, bench) for suite, run in SUITES.items()}
         if absorption is not None:
             runs["absorption"] = partial(run_absorption, bench, settings=absorption)
-    summaries: dict[str, Summary] = {name: {} for name in names}
+    digests = {name: of_tensors(sorted(sae.state_dict().items())) for name, sae in saes.items()}
+    summaries: dict[str, Summary] = {name: unfinished(sae.config) for name, sae in saes.items()}
+    for name, cut in ((name, cut) for name, cut in summaries.items() if cut):
+        console.print(
+            f"[yellow]{name}: training was stopped after {cut['trained_tokens']:,} of {cut['train_tokens']:,} tokens; "
+            "its figures are those of an unfinished SAE[/]", soft_wrap=True,
+        )  # fmt: skip
     failed: list[str] = []
     for suite in suites:
         # sae-bench loads a language model of its own.
@@ -143,20 +162,35 @@ def evaluate(
                     console.print(f"[red]{escape(failed[-1])}[/]")
                     continue
                 summaries[outcome.sae] |= outcome.summary
-                write_result(
-                    out or names[outcome.sae].parent / "evaluations",
-                    evaluation=outcome.evaluation,
-                    sae_name=outcome.sae,
-                    sae_config=saes[outcome.sae].config,
-                    config=settings | outcome.config,
-                    metrics=outcome.metrics,
-                    details=outcome.details,
-                    unstructured=outcome.unstructured | {"summary": outcome.summary},
-                    file=outcome.file,
-                )
+                sae = saes[outcome.sae]
+                try:
+                    write_result(
+                        results[outcome.sae],
+                        evaluation=outcome.evaluation,
+                        sae_name=outcome.sae,
+                        sae_config=sae.config,
+                        config=settings | {"identity": identity | {"sae": digests[outcome.sae]}} | outcome.config,
+                        metrics=outcome.metrics,
+                        details=outcome.details,
+                        unstructured=outcome.unstructured | {"summary": outcome.summary | unfinished(sae.config)},
+                        file=outcome.file,
+                        console=console,
+                    )
+                except ValueError as error:
+                    failed.append(f"{outcome.sae}, {outcome.evaluation}: {error}")
+                    console.print(f"[red]{escape(failed[-1])}[/]")
     if failed:
         raise EvaluationError(failed, summaries)
     return summaries
+
+
+def _say_of_another_model(name: str, sae: SAE, identity: Identity, console: Console) -> None:
+    """Say that an SAE is read on another model or tokenizer than it was trained on, where its file tells."""
+    trained = sae.config.get("c2r", {}).get("identity", {})
+    parts = {part: trained[part] for part in ("model", "tokenizer") if part in trained}
+    found = differences(parts, identity, "in training", "now")
+    if found:
+        console.print(f"[yellow]{name} was trained on another model: {'; '.join(found)}[/]", soft_wrap=True)
 
 
 def _outcomes(suite: str, run: Run, saes: dict[str, SAE]) -> Iterator[Outcome]:

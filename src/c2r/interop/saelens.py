@@ -80,7 +80,7 @@ def load_sae(path: str | Path) -> SAE:
         ValueError: no such folder, a damaged or foreign file, a pickle in place of the weights (it is not opened), or
             an architecture that is not read yet.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     _refuse_pickles(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -142,7 +142,10 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    """Put a finished folder in place; an older one under the name goes only when the new one stands."""
+    """Put a finished folder in place of an older one, which goes only when the new one stands.
+
+    What else lies in the older one, which may be any folder of a user's, moves to the new one.
+    """
     for file in partial.iterdir():
         with file.open("rb") as written:
             os.fsync(written.fileno())
@@ -157,4 +160,7 @@ def _replace(partial: Path, folder: Path) -> None:
             old.rename(folder)
         raise
     if old is not None:
-        shutil.rmtree(old)
+        for path in old.iterdir() if old.is_dir() else ():
+            if path.name not in (CONFIG, WEIGHTS):
+                path.rename(folder / path.name)
+        old.unlink() if old.is_symlink() or not old.is_dir() else shutil.rmtree(old)

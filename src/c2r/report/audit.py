@@ -61,8 +61,15 @@ def _what(found: dict[str, Any]) -> str:
     held_out = ", its held-out files" if config["held_out"] else ""
     return (
         f"{sae['architecture']}, {sae['d_sae']:,} latents on {model['name']}, block {model['layer']} {model['hook']}; "
-        f"text: {text['path'] or text['source']}{held_out}"
+        f"text: {text['path'] or text['source']}{held_out}{_unfinished(found)}"
     )
+
+
+def _unfinished(found: dict[str, Any]) -> str:
+    """That training was cut short, where it was."""
+    summary = found["eval_result_unstructured"].get("summary", {})
+    seen, wanted = (summary.get(key) for key in ("trained_tokens", "train_tokens"))
+    return "" if seen is None else f"; UNFINISHED: it was trained on {seen:,} of {wanted:,} tokens"
 
 
 def _finding(finding: dict[str, Any]) -> str:

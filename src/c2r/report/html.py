@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from c2r.report.table import cell, notes, shown, summary_of_files
+from c2r.report.table import cell, heading, notes, shown, summary_of_files
 
 COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518", "#72b7b2")
 WIDTH, HEIGHT, MARGIN = 460, 240, 46
@@ -103,7 +103,7 @@ def _histograms(evaluations: Path, name: str) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    head = "".join(f"<th>{html.escape(row['name'])}</th>" for row in rows)
+    head = "".join(f"<th>{html.escape(heading(row))}</th>" for row in rows)
     body = ""
     for figure in shown(rows):
         cells = "".join(f"<td>{cell(row, figure)}</td>" for row in rows)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from c2r.eval.intervals import paired_interval_95
@@ -108,7 +109,7 @@ def summary(results: Results) -> list[dict[str, Any]]:
 
 
 def summary_of_files(evaluations: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The same from the result files of evaluations."""
+    """The same from the result files of evaluations; those that were moved to `earlier/` do not count."""
     rows = [{"name": name} for name in names]
     for row in rows:
         for path in sorted(evaluations.glob(f"{row['name']}_*.json")):
@@ -138,7 +139,7 @@ def cell(row: dict[str, Any], figure: Row) -> str:
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:
     """What has to be said of the figures shown."""
-    found = []
+    found = _unfinished(rows)
     if any("*" in figure.label for figure in shown(rows)):
         found.append(NOTE)
     if floors := sorted({f"{value:.2f}" for value in _values(rows, "max_cos_random_floor")}):
@@ -158,6 +159,21 @@ def _values(rows: list[dict[str, Any]], key: str) -> list[float]:
     """The finite ones."""
     found = (row.get(key) for row in rows)
     return [value for value in found if value is not None and math.isfinite(value)]
+
+
+def _unfinished(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each SAE whose training was cut short; its column's name is marked."""
+    return [
+        f"‡ {row['name']} is unfinished: it was trained on {row['trained_tokens']:,.0f} of {row['train_tokens']:,.0f} "
+        "tokens. Compare it with none that saw more."
+        for row in rows
+        if row.get("trained_tokens") is not None
+    ]
+
+
+def heading(row: dict[str, Any]) -> str:
+    """An SAE's name at the head of its column, marked if its training was cut short."""
+    return f"{row['name']} ‡" if row.get("trained_tokens") is not None else row["name"]
 
 
 def _absorption_said(rows: list[dict[str, Any]]) -> list[str]:
@@ -187,7 +203,7 @@ def print_results(results: Results, console: Console | None = None) -> None:
     table = Table(title=None)
     table.add_column("")
     for row in rows:
-        table.add_column(row["name"], justify="right")
+        table.add_column(escape(heading(row)), justify="right")
     if len(rows) == 2:
         table.add_column("change", justify="right")
     for figure in shown(rows):

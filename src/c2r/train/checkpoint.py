@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
-import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from c2r.config import TrainConfig
+from c2r.storage import cannot_write, discard, hidden, sync
 
 CHECKPOINTS, TENSORS, STATE = "checkpoints", "tensors.safetensors", "state.json"
-FORMAT = 2
-LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
-"""Names under which c2r writes and removes things; what bears one after a kill is nobody's."""
+FORMAT = 3
+_STEP = re.compile(r"step_(\d{8,})")
 _SECONDS, _SHARE = 60.0, 0.05
 _MARK = "__tensor__"
 
@@ -83,8 +81,12 @@ class Checkpoints:
 
 
 def list_checkpoints(output: Path) -> list[Path]:
-    """The checkpoints in a run's folder, oldest first; whether they are whole is not looked at."""
-    return sorted((output / CHECKPOINTS).glob("step_*"))
+    """The checkpoints in a run's folder, oldest first; whether they are whole is not looked at.
+
+    Anything else in `checkpoints/` is the user's and passed over.
+    """
+    found = ((_STEP.fullmatch(path.name), path) for path in (output / CHECKPOINTS).glob("step_*"))
+    return [path for _, path in sorted((int(name[1]), path) for name, path in found if name and path.is_dir())]
 
 
 def latest_checkpoint(output: Path, *, skip_damaged: bool = False) -> Checkpoint | None:
@@ -173,43 +175,6 @@ def bytes_of(state: Any) -> int:
         return state.nbytes
     values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
     return sum(map(bytes_of, values))
-
-
-def cannot_write(path: Path, size: int, error: Exception) -> str:
-    """What a user needs to know when the disk refuses."""
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    return f"cannot write {path} ({size:,} bytes; {free:,} free on that disk): {error}"
-
-
-def hidden(path: Path, kind: str) -> Path:
-    """A name beside `path` for what is not finished (`partial`) or on its way out (`old`)."""
-    return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.{kind}"
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder that is never seen half removed."""
-    old = hidden(folder, "old")
-    folder.rename(old)
-    shutil.rmtree(old)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left unfinished in a folder."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if LEFT_OVER.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def sync(path: Path) -> None:
-    """Have what was written to a file, or the names in a folder, reach the disk."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _without_tensors(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -17,7 +17,8 @@ from torch import Tensor
 from c2r.config import RunConfig
 from c2r.data.memory import RoomError, check_fits, in_gigabytes
 from c2r.presets import SyntheticConfig
-from c2r.train.checkpoint import CHECKPOINTS, bytes_of, cannot_write
+from c2r.storage import cannot_write
+from c2r.train.checkpoint import CHECKPOINTS, bytes_of
 from c2r.train.run import Run
 
 FAULTY = "faulty"

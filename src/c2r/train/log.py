@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from c2r.train.checkpoint import cannot_write
+from c2r.storage import cannot_write
 from c2r.train.tracking import Tracker
 
 _QUIET_SECONDS = 20.0
@@ -70,7 +70,10 @@ class RunLog:
         self.file: IO[bytes] | None = None
 
     def __enter__(self) -> RunLog:
-        self.file = self.path.open("ab")
+        try:
+            self.file = self.path.open("ab")
+        except OSError as error:
+            raise ValueError(f"output: {cannot_write(self.path, 0, error)}") from error
         if self.file.tell() < self.start.bytes:
             self.progress.console.print(f"[yellow]{self.path} was cut short; its curves have a gap[/]")
         self.file.truncate(min(self.start.bytes, self.file.tell()))

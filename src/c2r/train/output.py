@@ -4,76 +4,99 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
+from rich.console import Console
 
+from c2r import storage
 from c2r.config import RunConfig, parse_config
-from c2r.methods import RESERVED
-from c2r.train.checkpoint import LEFT_OVER, hidden, sweep, sync
+from c2r.interop.saelens import CONFIG, WEIGHTS
+from c2r.train.checkpoint import CHECKPOINTS, STATE, TENSORS
 
+KIND = "run"
 RUN_FILE, METRICS_FILE = "run.yaml", "metrics.jsonl"
 RUN_MARK = "# Written by c2r: the configuration of the run in this folder.\n"
-"""First line of a recorded configuration; a folder without it is not ours to overwrite."""
+"""First line of a recorded configuration."""
 OPERATIONAL = (
     "output", "tracking", "cache.path", "train.device", "train.log_every", "train.checkpoint_every",
     "train.keep_checkpoints",
 )  # fmt: skip
-"""What may change between the parts of a run: it has no say in the weights (on one kind of device)."""
+"""What may change between the parts of a run without changing the weights (on one kind of device)."""
+_REVISION = re.compile(r"(model|data|data\.parts\.\d+)\.revision")
+"""May change too: what a revision stands for is compared by its contents."""
 
 
-@contextlib.contextmanager
-def held(output: Path) -> Iterator[None]:
-    """Make the folder, and hold it while entered, so that no two processes train in it.
+def held(output: Path, console: Console | None = None) -> contextlib.AbstractContextManager[None]:
+    """Make the folder, mark it as a run's, and hold it while entered, so that no two processes train in it.
 
     Raises:
-        ValueError: it cannot be made, or another process holds it.
+        ValueError: it cannot be made or written in, holds something that is not c2r's, or another process holds it.
     """
+    _adopt(output)
+    return storage.held(output, KIND, "output", "training in", None if console is None else console.print)
+
+
+def _adopt(output: Path) -> None:
+    """Mark the folder of a run that was made before there were marks: its run.yaml says that c2r wrote it."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output: cannot make the folder {output}: {error.strerror}") from error
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks on folders
-        yield
+        with (output / RUN_FILE).open(encoding="utf-8") as file:
+            ours = file.readline() == RUN_MARK
+    except (OSError, ValueError):
         return
-    handle = os.open(output, os.O_RDONLY)
+    if ours and not (output / storage.MARK).exists():
+        saes = [path.parent.name for path in output.glob("*/cfg.json") if _is_an_sae(path)]
+        storage.record(output, KIND, patterns_of(saes), "output")
+
+
+def patterns_of(saes: Iterable[str]) -> list[str]:
+    """What c2r writes into the folder of a run with SAEs of these names; what trackers write aside, see `_tracked`."""
+    found = [RUN_FILE, METRICS_FILE, f"{CHECKPOINTS}/step_*/{TENSORS}", f"{CHECKPOINTS}/step_*/{STATE}"]
+    found += ["faulty/step_*.safetensors", "wandb/id"]
+    for name in saes:
+        found += [f"{name}/{CONFIG}", f"{name}/{WEIGHTS}", f"tensorboard/{name}/events.out.tfevents.*"]
+        found += [f"evaluations/{name}_*.json", f"evaluations/{name}_*.html", f"evaluations/earlier/{name}_*"]
+    return found
+
+
+def _tracked(output: Path) -> list[str]:
+    """What W&B wrote for this run, whose id its folders' names end in."""
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"output: another process is training in {output}") from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(handle)
+        run = (output / "wandb" / "id").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return []
+    return [f"wandb/*run-*-{run}/**", "wandb/latest-run", "wandb/debug*.log"] if run.isalnum() else []
 
 
 def check_output(config: RunConfig, *, overwrite: bool) -> None:
-    """Refuse a folder with anything but this very run in it, or a run that may be overwritten.
+    """Refuse a folder with something else than this very run in it, or a run that may be overwritten.
+
+    What a user put beside a run stays where it is, and is in nobody's way unless it has a name that the run needs.
 
     Raises:
         ValueError: says what is there; of another configuration, where it differs.
     """
-    output = config.output
-    foreign = sorted(path.name for path in output.iterdir() if not _is_ours(path))
+    output, names = config.output, [sae.name for sae in config.saes]
+    _adopt(output)
+    foreign = storage.strangers(output, KIND) or storage.in_the_way(output, KIND, patterns_of(names))
     if foreign:
         raise ValueError(
             f"output: {output} holds something else ({', '.join(foreign[:5])}); give a new or empty folder"
         )
-    sweep(output)
-    if overwrite or not any(output.iterdir()):
+    storage.sweep(output)
+    if overwrite:
         return
     if not (output / RUN_FILE).is_file():
-        raise ValueError(
-            f"output: {output} holds remains of a run; give another folder, delete this one, or `c2r train --overwrite`"
-        )
+        ours = {PurePosixPath(pattern).parts[0] for pattern in storage.recorded(output, KIND)}
+        if any((output / name).exists() for name in ours):
+            raise ValueError(
+                f"output: {output} holds remains of a run; give another folder, delete this one, or "
+                "`c2r train --overwrite`"
+            )
+        return
     check_same(yaml.safe_load((output / RUN_FILE).read_text(encoding="utf-8")), config)
 
 
@@ -112,16 +135,27 @@ def finished(config: RunConfig) -> bool:
     return all(state["stopped"] is None and state["tokens"] == config.train.tokens for state in states)
 
 
-def prepare_output(config: RunConfig, *, overwrite: bool) -> None:
-    """Clear an earlier run if it is to be overwritten, and record the configuration as it was written."""
-    if overwrite:  # the record goes first: what a kill leaves is then no run to go on with
-        for path in sorted(config.output.iterdir(), key=lambda path: path.name != RUN_FILE):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    sweep(config.output / "checkpoints")
-    partial = hidden(config.output / RUN_FILE, "partial")
-    partial.write_text(RUN_MARK + yaml.safe_dump(as_written(config), sort_keys=False, allow_unicode=True), "utf-8")
-    sync(partial)
-    partial.replace(config.output / RUN_FILE)
+def prepare_output(config: RunConfig, *, overwrite: bool, console: Console | None = None) -> None:
+    """Clear an earlier run if it is to be overwritten, and record the configuration as it was written.
+
+    Only what c2r wrote is removed, links without what they lead to.
+
+    Raises:
+        ValueError: something cannot be removed or written.
+    """
+    output = config.output
+    if overwrite:  # the record goes first: what a kill leaves is then no run to resume
+        try:
+            (output / RUN_FILE).unlink(missing_ok=True)
+            left = storage.remove_recorded(output, KIND, _tracked(output))
+        except OSError as error:
+            raise ValueError(f"output: cannot remove {error.filename or output}: {error.strerror}") from error
+        if left and console is not None:
+            console.print(f"{output}: left alone, not being part of this run: {', '.join(left)}", soft_wrap=True)
+    storage.record(output, KIND, patterns_of(sae.name for sae in config.saes), "output")
+    storage.sweep(output / CHECKPOINTS)
+    text = yaml.safe_dump(as_written(config), sort_keys=False, allow_unicode=True)
+    storage.write_text(output / RUN_FILE, RUN_MARK + text, "output")
 
 
 def as_written(config: RunConfig) -> dict[str, Any]:
@@ -129,16 +163,12 @@ def as_written(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether c2r wrote this into a run's folder: only that is ever overwritten."""
+def _is_an_sae(path: Path) -> bool:
+    """Whether c2r wrote this `cfg.json`."""
     try:
-        if path.name == RUN_FILE:
-            return path.read_text(encoding="utf-8").startswith(RUN_MARK)
-        if (path / "cfg.json").is_file():
-            return "c2r" in json.loads((path / "cfg.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "c2r" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
         return False
-    return path.name in RESERVED or bool(LEFT_OVER.fullmatch(path.name))
 
 
 def _full(config: RunConfig) -> dict[str, Any]:
@@ -153,7 +183,7 @@ def _flat(node: Any, key: str = "") -> dict[str, Any]:
 
 
 def _operational(key: str) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in OPERATIONAL)
+    return any(key == name or key.startswith(name + ".") for name in OPERATIONAL) or bool(_REVISION.fullmatch(key))
 
 
 def _shown(flat: dict[str, Any], key: str) -> str:

@@ -12,7 +12,8 @@ from c2r.config import RunConfig
 from c2r.interop.saelens import save_sae
 from c2r.penalty import lambda_of_strength, strength_of_lambda
 from c2r.presets import SyntheticConfig
-from c2r.train.checkpoint import bytes_of, cannot_write
+from c2r.storage import cannot_write
+from c2r.train.checkpoint import bytes_of
 from c2r.train.run import Run
 from c2r.train.source import Source
 
@@ -42,6 +43,7 @@ def save_run(
         "train": config.train.model_dump(mode="json"),
         "sae": run.config.model_dump(mode="json", by_alias=True),
         "state": {**state, **_both_units(run, config)},
+        "identity": source.identity,
     }
     sae = run.export(scale)
     try:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 
 from c2r.config import RunConfig
-from c2r.data.cache import CacheReader, open_cache
+from c2r.data.cache import CacheReader, open_cache, read_manifest
 from c2r.data.features import known_features
 from c2r.data.harvest import load_language_model
+from c2r.data.identify import identity_of
 from c2r.data.reader import live_reader
 from c2r.data.stream import ActivationStream, SyntheticStream
 from c2r.data.tokens import check_source
+from c2r.identity import ACTIVATIONS, versions
 from c2r.methods import SAEConfig
 from c2r.presets import SyntheticConfig
+from c2r.storage import read_held
 
 Stream = ActivationStream | SyntheticStream
 
@@ -28,6 +32,8 @@ class Source(NamedTuple):
     d_in: int
     metadata: dict[str, Any]
     """What SAELens keeps of an SAE's origin, all but the hook point."""
+    identity: dict[str, Any]
+    """What the activations are made of, by contents."""
 
     def model_of(self, sae: SAEConfig) -> dict[str, Any] | None:
         """The language model's section of the configuration with the SAE's own hook point; None without a model."""
@@ -56,6 +62,11 @@ def check_data(config: RunConfig) -> None:
         check_source(config.data)
 
 
+def cache_held(config: RunConfig) -> contextlib.AbstractContextManager[None]:
+    """While entered, no harvest writes to the cache that the run reads; other runs may read it too."""
+    return contextlib.nullcontext() if config.cache is None else read_held(config.cache.path, "cache.path")
+
+
 def open_source(config: RunConfig, device: torch.device, console: Console) -> Source:
     """The configured activations.
 
@@ -67,9 +78,12 @@ def open_source(config: RunConfig, device: torch.device, console: Console) -> So
         return _known_features(config, data, device, console)
     if config.cache is None:
         lm = load_language_model(config.model, device)
+        identity = identity_of(data, lm)
         reader, d_in, bos, where = live_reader(config, lm), lm.d_in, lm.tokenizer.bos_token_id is not None, "model"
     else:
-        manifest = open_cache(config)
+        manifest = read_manifest(config.cache.path)
+        assert manifest is not None  # which `check_data` has found
+        identity = {part: said for part, said in manifest["identity"].items() if part != "files"}
         reader, where = CacheReader(config.cache.path, config.points, seed=config.seed), f"{config.cache.path}: model"
         d_in, bos = manifest["d_in"], manifest["prepend_bos"]
         if manifest["kept"] < config.train.tokens:
@@ -86,7 +100,7 @@ def open_source(config: RunConfig, device: torch.device, console: Console) -> So
         "dataset_path": data.path or data.source,
     }
     stream = ActivationStream(reader, config.stream, tokens=config.train.tokens, seed=config.seed, device=device)
-    return Source(config, stream, d_in, metadata)
+    return Source(config, stream, d_in, metadata, identity)
 
 
 def _known_features(config: RunConfig, data: SyntheticConfig, device: torch.device, console: Console) -> Source:
@@ -96,4 +110,5 @@ def _known_features(config: RunConfig, data: SyntheticConfig, device: torch.devi
         f"width {features.d_in}"
     )
     metadata = {"model_name": None, "dataset_path": f"synthetic:{data.preset}"}
-    return Source(config, SyntheticStream(features, seed=config.seed, device=device), features.d_in, metadata)
+    stream = SyntheticStream(features, seed=config.seed, device=device)
+    return Source(config, stream, features.d_in, metadata, {"activations": ACTIVATIONS, "code": versions()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor
 from c2r.config import HookPoint, RunConfig
 from c2r.data.harvest import pick_device
 from c2r.data.reader import BrokenActivations
+from c2r.identity import differences
 from c2r.methods import SAEConfig
 from c2r.sae.base import SAE
 from c2r.train.checkpoint import (
@@ -33,7 +35,7 @@ from c2r.train.memory import give_freed_memory_back, keep_freed_memory
 from c2r.train.output import METRICS_FILE, as_written, check_output, check_same, finished, held, prepare_output
 from c2r.train.run import Run
 from c2r.train.save import save_run
-from c2r.train.source import Source, check_data, open_source
+from c2r.train.source import Source, cache_held, check_data, open_source
 from c2r.train.start import check_start, starting_weights
 from c2r.train.stop import StopSignals
 from c2r.train.tracking import check_trackers, open_trackers
@@ -59,9 +61,10 @@ def train(
         Stopped: a signal (a KeyboardInterrupt).
     """
     console = console or Console(stderr=True)
-    check_data(config)
-    check_trackers(config)
-    with held(config.output):
+    with cache_held(config), contextlib.ExitStack() as holding:
+        check_data(config)
+        check_trackers(config)
+        holding.enter_context(held(config.output, console))
         check_output(config, overwrite=overwrite)
         if not overwrite and finished(config):
             console.print(f"{config.output}: this run is finished; --overwrite starts it afresh")
@@ -99,9 +102,11 @@ def _train(config: RunConfig, checkpoint: Checkpoint | None, overwrite: bool, co
     source = open_source(config, device, console)
     try:
         check_room(config, source.d_in, device)
+        if checkpoint is not None:
+            _check_identity(checkpoint, source)
         at, runs = _begin(config, checkpoint, source, starts, device)
         check_disk(config, runs)
-        prepare_output(config, overwrite=overwrite)
+        prepare_output(config, overwrite=overwrite, console=console)
         checkpoints, trackers = Checkpoints(config.output, config.train), open_trackers(config, at.step)
         path, every = config.output / METRICS_FILE, config.train.log_every
         with (
@@ -118,7 +123,7 @@ def _train(config: RunConfig, checkpoint: Checkpoint | None, overwrite: bool, co
                         log.step(run.config.name, run.step_number, at.tokens + tokens, measured)
                     at.done(tokens, source.stream.state_dict())
                     if checkpoints.due(at.step):
-                        checkpoints.save(at.step, _state(config, at, runs, log))
+                        checkpoints.save(at.step, _state(config, at, runs, source, log))
                         give_freed_memory_back()
             except BaseException as error:
                 if not signals.at_once:
@@ -177,12 +182,27 @@ def _batches(
         yield x
 
 
-def _state(config: RunConfig, at: _Progress, runs: list[Run[Any]], log: RunLog) -> dict[str, Any]:
+def _check_identity(checkpoint: Checkpoint, source: Source) -> None:
+    """Refuse to resume on other activations than the run was trained on so far.
+
+    Raises:
+        ValueError: each difference on a line.
+    """
+    found = differences(checkpoint.tree["identity"], source.identity, "was", "is now")
+    if found:
+        raise ValueError(
+            f"cannot resume from {checkpoint.folder}: the activations have changed. Bring back what they were made of, "
+            "or start another run in another folder\n" + "\n".join(f"  {line}" for line in found)
+        )
+
+
+def _state(config: RunConfig, at: _Progress, runs: list[Run[Any]], source: Source, log: RunLog) -> dict[str, Any]:
     """What a checkpoint holds."""
     for run in runs:
         check_weights(run)
     return {
         "config": as_written(config),
+        "identity": source.identity,
         "step": at.step,
         "tokens": at.tokens,
         "stream": at.stream,
@@ -205,7 +225,7 @@ def _keep(
         run.optimizer.zero_grad()
     if at.whole and at.step > 0 and not isinstance(error, CheckpointError):
         with _told(console):
-            folder = checkpoints.save(at.step, _state(config, at, runs, log))
+            folder = checkpoints.save(at.step, _state(config, at, runs, source, log))
             console.print(f"saved {folder}; c2r train with the same configuration goes on from there", soft_wrap=True)
     for run in runs:
         with _told(console):

@@ -1,0 +1,196 @@
+"""What text, tokenizers, models and code are, by their contents: recorded with all that is made of them, and compared.
+
+An identity is a dict of JSON values. Paths and names are no part of it, so that a folder may move, and another file in
+the same place is noticed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+ACTIVATIONS = 1
+"""Raised whenever a change of code changes the activations that the same text, tokenizer and model give."""
+_WHOLE, _PIECE, _CHUNK, _NUMBERS = 2**30, 2**18, 2**20, 2**24
+_NOT_THE_MODEL = ("transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype")
+"""Keys of a model's configuration that say where it came from, or how it was loaded."""
+_FACTS = ("code", "files")
+"""Parts of an identity that are recorded and not compared."""
+_NOT_MAKERS = ("train", "report", "cli.py", "demo.py")
+
+
+def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Digest of names, shapes, types and every bit of the values in their order; the same on every device.
+
+    Tensors of a device pass through the CPU's memory in pieces of at most 2²⁴ numbers.
+    """
+    digest = xxhash.xxh3_128()
+    for name, tensor in named:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        for piece in _pieces(tensor.detach()):
+            data: Any = piece.cpu().contiguous().view(torch.uint8).numpy()
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The numbers in their order, as flat pieces; what is not contiguous is taken apart before it is copied."""
+    if tensor.is_contiguous() or tensor.numel() <= _NUMBERS:
+        yield from tensor.reshape(-1).split(_NUMBERS)
+    else:
+        for part in tensor:
+            yield from _pieces(part)
+
+
+def of_model(model: Any) -> str:
+    """`configuration:weights` of a Hugging Face model: digests of what its configuration says and of its weights.
+
+    Weights are the parameters, tied ones once, and the buffers that are saved with them. The configuration counts as
+    far as it differs from its class's defaults, and without versions, paths and the precision it was loaded in.
+    """
+    said = _without(json.loads(model.config.to_json_string()))
+    text = json.dumps([type(model).__name__, said, _code_of(model)], sort_keys=True)
+    saved = set(model.state_dict())
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    weights = of_tensors((*model.named_parameters(), *buffers))
+    return f"{xxhash.xxh3_128_hexdigest(text.encode())}:{weights}"
+
+
+def _without(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _without(value) for key, value in node.items() if key not in _NOT_THE_MODEL}
+    return [_without(value) for value in node] if isinstance(node, list) else node
+
+
+def _code_of(model: Any) -> str:
+    """Digest of the code that a model brought along; empty for a class of transformers' or of a program's own."""
+    module = sys.modules.get(type(model).__module__)
+    if not type(model).__module__.startswith("transformers_modules.") or not getattr(module, "__file__", None):
+        return ""
+    assert module is not None
+    return xxhash.xxh3_128_hexdigest(Path(str(module.__file__)).read_bytes())
+
+
+def of_tokenizer(tokenizer: Any) -> str:
+    """Digest of all that decides a text's ids: vocabulary, merges, normalisation, special tokens, what is put in front
+    of a text (BOS), and the chat template.
+    """
+    if tokenizer is None:
+        return "none"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # as tokenizer.json has it; what stands before is the padding of the latest call
+        text = backend.to_str()
+        rules: Any = text[max(0, text.find('"added_tokens"')) :]
+    else:
+        rules = sorted(tokenizer.get_vocab().items())
+    special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk")}
+    opening = tokenizer("a b")["input_ids"]
+    parts = [rules, special, sorted(tokenizer.all_special_ids), opening, getattr(tokenizer, "chat_template", None)]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
+
+
+def of_files(paths: Sequence[Path]) -> str:
+    """Number, bytes and a digest of the contents of files in their order; names count as far as their endings.
+
+    Up to 1 GiB in all is read whole. Of more, 1 GiB is read, in pieces of 256 KiB spread evenly over the files, both
+    ends of each file among them: a change between the pieces that keeps a file's size is then not noticed.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    try:
+        stats = [path.stat() for path in paths]
+        total, digest = sum(stat.st_size for stat in stats), xxhash.xxh3_128()
+        for path, stat in zip(paths, stats, strict=True):
+            pieces = 0 if total <= _WHOLE else max(2, _WHOLE * stat.st_size // total // _PIECE)
+            ending = "".join(path.suffixes[-2:] if path.suffix in (".gz", ".zst") else path.suffixes[-1:])
+            found = _of_file(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, pieces)
+            digest.update(f"{ending} {stat.st_size} {found};".encode())
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return f"{len(paths)} file{'s'[: len(paths) != 1]} of {total:,} bytes, {digest.hexdigest()[:20]}"
+
+
+@functools.lru_cache(maxsize=1_000_000)
+def _of_file(path: str, size: int, modified: int, changed: int, pieces: int) -> str:
+    """Digest of a file, whole (0), or of so many pieces; remembered for as long as nothing wrote to the file."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        if pieces == 0 or pieces * _PIECE >= size:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+        else:
+            for number in range(pieces):
+                file.seek(number * (size - _PIECE) // (pieces - 1))
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()
+
+
+def of_folder(folder: Path) -> dict[str, str]:
+    """Digest of each file in a model's folder that says what the model is; what lies in folders below is left out.
+
+    In the Hub's cache a large file is named by its contents, and is not read.
+    """
+    endings = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py", ".tiktoken")
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(endings) and path.is_file():
+            real, stat = path.resolve(), path.stat()
+            stored = real.parent.name == "blobs" and len(real.name) >= 40
+            found[path.name] = (
+                f"blob {real.name}"
+                if stored
+                else _of_file(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, 0)
+            )
+    return found
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of c2r and of the libraries that figures pass through: facts to be recorded, and no ground to refuse."""
+    from c2r import __version__
+
+    found = {"c2r": __version__}
+    for package in ("torch", "transformers", "tokenizers", "datasets"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {**found, "python": sys.version.split()[0], "source": source_digest()[:16]}
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest of c2r's own source, all but training, reports and the command line: what evaluations are made by."""
+    root, digest = Path(__file__).parent, xxhash.xxh3_128()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if name.parts[0] not in _NOT_MAKERS:
+            digest.update(f"{name.as_posix()};".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def differences(recorded: Mapping[str, Any], found: Mapping[str, Any], there: str, here: str) -> list[str]:
+    """A line for each part in which two identities differ, of those that both have; facts about the code aside."""
+    lines = []
+    for part in (part for part in recorded if part in found and part not in _FACTS):
+        before, now = ({part: of} if not isinstance(of, dict) else of for of in (recorded[part], found[part]))
+        for key in {**before, **now}:
+            name = part if key == part else f"{part}.{key}"
+            if before.get(key) != now.get(key):
+                lines.append(f"{name}: {there} {_shown(before.get(key))}, {here} {_shown(now.get(key))}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text[:16] if len(text) == 32 and " " not in text else text
