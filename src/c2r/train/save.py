@@ -39,6 +39,7 @@ def save_run(
         "train": config.train.model_dump(mode="json"),
         "sae": run.config.model_dump(mode="json", by_alias=True),
         "state": {**state, **_both_units(run, config)},
+        "machines": run.machines,
     }
     sae = run.export(scale)
     try:
