@@ -62,6 +62,8 @@ def configured(case: str) -> tuple[SAEConfig, TrainConfig]:
     defaults = {"k_anneal": (given.get("k_anneal_steps") or 0) / given["steps"], "threshold_decay": 0.999}
     settings = {name: value for name, value in defaults.items() if name in method.model_fields}
     settings |= {ours: given[theirs] for theirs, ours in SETTINGS.items() if given.get(theirs) is not None}
+    if method is METHODS["jump_relu"]:
+        settings["l0_gradient"] = "published"
     sae = method(name=case, width=given["dict_size"], c2r=c2r if given["c2r_penalty"] else None, **settings)
     train = TrainConfig(
         tokens=given["steps"] * batch,

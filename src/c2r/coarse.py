@@ -5,23 +5,18 @@ B tokens in a batch · D width of the activations · F latents · G groups of to
 
 from __future__ import annotations
 
-import math
-import time
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from c2r.tiles import GROUP, quick_dtype
+from c2r.tiles import GROUP
 
 _ROWS = 1024
 """Rows of W that stay in the cache between the passes that round them."""
 _MOST = 3.5
 """See `coarse_product`: a product lies outside with a probability of 2·exp(−2·3.5²), less than one in 10¹⁰."""
-_WORTH = 400
-"""How fast × latents a firing one, from which int8 pays: 1.8 × 128 lost 7 %, 1.8 × 512 won 11 %."""
 _DITHER_SEED = 8_128_496
 """One that nobody takes: weights drawn from the same numbers as the dither are not independent of it."""
 _WIDEST = 65_536
@@ -109,29 +104,6 @@ def coarse_works() -> bool:
         return False
     error_FB = coarse.product_FB - W_FD @ x_BD[coarse.tokens_B].T / coarse.unit_F[:, None]
     return bool((error_FB.abs() < coarse.slack_FG + coarse.product_FB.abs() * 2.0**-8).all())  # of one group
-
-
-def coarse_pays(device: torch.device, width: int, k: int) -> bool:
-    """Whether int8 pays where `k` of `width` latents fire: its candidates cost something, more where many fire."""
-    return device.type == "cpu" and coarse_works() and coarse_speed() * width / k > _WORTH
-
-
-@cache
-def coarse_speed() -> float:
-    """How many times as fast as in the quickest other precision a product in int8 is on this CPU; measured once."""
-    W, x = torch.zeros(1024, 512), torch.zeros(2048, 512)
-    low, scale_B = quick_dtype(W.device), torch.ones(len(x))
-    W_low, x_low, W_8, packed_x = W.to(low), x.to(low), W.to(torch.uint8), _packed(x.to(torch.int8), len(W))
-    ways = (lambda: _product_of_8(W_8, packed_x, scale_B), lambda: F.linear(W_low, x_low))
-    best = [math.inf, math.inf]
-    for _ in range(5):
-        for number, way in enumerate(ways):  # in turns, so that whatever else runs disturbs both
-            start = time.perf_counter()
-            way()
-            best[number] = min(best[number], time.perf_counter() - start)
-        if best[0] > 4 * best[1]:
-            break  # emulated
-    return best[1] / best[0]
 
 
 def _scales(rows_RD: Tensor) -> Tensor:

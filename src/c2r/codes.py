@@ -153,9 +153,13 @@ def decode(acts: Acts, W_dec_FD: Tensor, b_dec_D: Tensor) -> Tensor:
 
 def decode_groups(acts: Acts, W_dec_FD: Tensor, b_dec_D: Tensor, ends: tuple[int, ...]) -> list[Tensor]:
     """Reconstructions `[B, D]` from latents 0 to each of `ends`, at the price of one: a prefix adds its own latents."""
-    prefixes, x_hat_BD = [], b_dec_D
-    for start, end in zip((0, *ends), ends, strict=False):
-        x_hat_BD = x_hat_BD + decode(_slice(acts, start, end), W_dec_FD[start:end], torch.zeros_like(b_dec_D))
+    starts = (0, *ends[:-1])
+    sizes = [end - start for start, end in zip(starts, ends, strict=True)]
+    # One split: its backward joins the groups' gradients, where a slice's makes a whole F×D of zeros for each group.
+    rows = W_dec_FD.split([*sizes, len(W_dec_FD) - ends[-1]])
+    prefixes, x_hat_BD, zeros_D = [], b_dec_D, torch.zeros_like(b_dec_D)
+    for start, end, rows_RD in zip(starts, ends, rows, strict=False):
+        x_hat_BD = x_hat_BD + decode(_slice(acts, start, end), rows_RD, zeros_D)
         prefixes.append(x_hat_BD)
     return prefixes
 
@@ -185,6 +189,15 @@ def encode_at(
     """
     of_support_N: Any = _Encode.apply(x_BD, W_enc_FD, b_enc_F, b_dec_D, support, values_N)
     return of_support_N
+
+
+def encode_all(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Pre-activations (x − b_dec)·W_enc + b_enc `[B, F]`, their product in `dtype` and its gradients in the weights' own.
+
+    `x_BD` is data: it gets no gradient. `b_dec_D` is None for an encoder that does not subtract it.
+    """
+    pre_BF: Any = _EncodeAll.apply(x_BD, W_enc_FD, b_enc_F, b_dec_D, dtype)
+    return pre_BF
 
 
 def row_starts(sorted_N: Tensor, size: int) -> Tensor:
@@ -263,6 +276,26 @@ class _Decode(torch.autograd.Function):
         grad_values = _dots_at(at, grad_BD, W_dec_FD) if ctx.needs_input_grad[0] else None
         grad_W_dec = _weight_gradient(grad_BD, values_N, at) if ctx.needs_input_grad[1] else None
         return grad_values, grad_W_dec, None
+
+
+class _EncodeAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        centred_BD = x_BD if b_dec_D is None else x_BD - b_dec_D
+        ctx.save_for_backward(centred_BD, W_enc_FD)
+        return F.linear(centred_BD.to(dtype), W_enc_FD.to(dtype)).to(W_enc_FD.dtype) + b_enc_F
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_BF,) = grads
+        centred_BD, W_enc_FD = ctx.saved_tensors
+        with torch.autocast(grad_BF.device.type, enabled=False):
+            grad_b_enc = grad_BF.sum(0)
+            # Every token subtracts the same b_dec, so its gradient needs only the latents' totals.
+            grad_b_dec = -_weighted_sum(W_enc_FD, grad_b_enc) if ctx.needs_input_grad[3] else None
+            return None, grad_BF.T @ centred_BD, grad_b_enc, grad_b_dec, None
 
 
 class _Encode(torch.autograd.Function):

@@ -256,6 +256,9 @@ class JumpReLUConfig(SAEConfig):
     bandwidth: Annotated[float, Field(gt=0)] = 1e-3
     """Width of the rectangle that stands in for the jump's derivative."""
     threshold_init: Annotated[float, Field(ge=0)] = 1e-3
+    l0_gradient: Literal["paper", "published"] = "paper"
+    """What the L0 term's gradient counts as near the threshold: "paper" pre-activations (arXiv 2407.14435, eq. 11 and
+    12), "published" activations after the jump, as the published trainers' code does; `docs/methods.md` compares."""
     sparsity_coefficient: NotNegative = 1.0
     sparsity_warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Steps of linear warm-up of the sparsity term; null: 2000, a tenth of a short run."""

@@ -51,9 +51,10 @@ def nearest_neighbors(
         generator: source of the permutation (CPU), for "chunked".
 
     Raises:
-        ValueError: not `[F, D]`, F < 2, an unknown mode, chunk < 2.
+        ValueError: not `[F, D]`, F < 2, a row that is not finite, an unknown mode, chunk < 2.
     """
     check_decoder(decoder)
+    check_rows(decoder)
     if mode not in ("exact", "chunked"):
         raise ValueError(f"mode: got {mode!r}; accepted are 'exact' and 'chunked'")
     if chunk < 2:
@@ -176,8 +177,11 @@ def renewed_rows(width: int, steps: int) -> int:
 
 
 def random_floor(width: int, d_in: int) -> float:
-    """About the nearest-neighbour cosine of `width` random directions in `d_in` dimensions: √(2 ln F / D)."""
-    return math.sqrt(2 * math.log(width) / d_in)
+    """About the nearest-neighbour cosine of `width` random directions in `d_in` dimensions: √(2 ln F / D), 1 at most.
+
+    An approximation for large D. It reaches 1 at D = 2 ln F, where it says nothing any more.
+    """
+    return min(1.0, math.sqrt(2 * math.log(width) / d_in))
 
 
 def check_decoder(decoder: Tensor) -> None:
@@ -188,6 +192,17 @@ def check_decoder(decoder: Tensor) -> None:
         )
     if decoder.shape[0] < 2:
         raise ValueError(f"decoder: expected [F, D] with F ≥ 2 latents, got {list(decoder.shape)}: no pair to compare")
+
+
+def check_rows(decoder: Tensor) -> None:
+    """Raise ValueError, naming the first, if rows hold NaN, infinity, or entries whose squares overflow."""
+    broken_F = ~at_least_fp32(decoder.detach()).norm(dim=1).isfinite()
+    if broken_F.any():
+        rows = broken_F.nonzero().squeeze(1).tolist()
+        raise ValueError(
+            f"decoder: row {rows[0]} has no finite norm (NaN, infinity or too large entries); {len(rows)} of "
+            f"{len(broken_F)} rows are so, and no neighbour can be found"
+        )
 
 
 def inverse_norms(rows_FD: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from c2r.codes import Codes
 from c2r.loss import terms
 from c2r.loss.terms import Encoded, Forward
 from c2r.sae.base import Architecture
-from c2r.sae.jumprelu import jump_relu, soft_l0
+from c2r.sae.jumprelu import jump_relu, published_soft_l0, soft_l0
 from c2r.sae.topk import support_above, top_k_of_each_token
 
 if TYPE_CHECKING:
@@ -58,11 +58,13 @@ def encode_jump_relu(run: Run[Any], x_BD: Tensor) -> Encoded:
     """f = pre where pre > threshold."""
     threshold_F: Any = run.sae.threshold
     if not run.sparse_pays:
-        return Encoded(jump_relu(run.product(x_BD), threshold_F, run.config.bandwidth))
-    # The entries that fire, and those so little below their threshold that they have a say in its gradient.
+        pre_BF = run.product(x_BD)
+        return Encoded(jump_relu(pre_BF, threshold_F, run.config.bandwidth), pre=pre_BF)
+    # The entries that fire, and those so little below their threshold that they count in its gradient.
     support = support_above(run.selecting_product(x_BD), threshold_F - run.config.bandwidth / 2 - run.sae.b_enc)
     pre_N = run.encode_at(x_BD, support)
-    return Encoded(Codes(jump_relu(pre_N, threshold_F[support.latents_N], run.config.bandwidth), support))
+    acts_N = jump_relu(pre_N, threshold_F[support.latents_N], run.config.bandwidth)
+    return Encoded(Codes(acts_N, support), pre=Codes(pre_N, support))
 
 
 def encode_gated(run: Run[Any], x_BD: Tensor) -> Encoded:
@@ -95,7 +97,9 @@ def encode_batch_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
     sae, selector, values_N = run.sae, run.selector, None
     if run.coarse and (found := selector.select_coarsely(sae.centred(x_BD).detach(), sae.W_enc, sae.b_enc, run.k)):
         support, values_N = found
+        run.int8_found = True
     else:
+        run.int8_found = False
         support = selector.select(run.selecting_product(x_BD), sae.b_enc, run.k)
     return Encoded(Codes(F.relu(run.encode_at(x_BD, support, values_N)), support))
 
@@ -134,7 +138,12 @@ def _lp(run: Run[Any], forward: Forward) -> Tensor:
 
 def _target_l0(run: Run[Any], forward: Forward) -> Tensor:
     threshold_F: Any = run.sae.threshold
-    off_target = soft_l0(forward.encoded.acts, threshold_F, run.config.bandwidth) / run.config.target_l0 - 1
+    encoded, bandwidth = forward.encoded, run.config.bandwidth
+    if run.config.l0_gradient == "paper":
+        l0 = soft_l0(encoded.pre, threshold_F, bandwidth)
+    else:
+        l0 = published_soft_l0(encoded.acts, threshold_F, bandwidth)
+    off_target = l0 / run.config.target_l0 - 1
     return run.config.sparsity_coefficient * run.sparsity_scale * off_target.square()
 
 

@@ -8,14 +8,13 @@ R, C rows and columns of a tile · D width of the activations · F latents · P 
 
 from __future__ import annotations
 
-import time
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from c2r.codes import row_dots, row_starts
+from c2r.machine import quick_dtype
 
 TILE = 2048
 GROUP = 32
@@ -148,23 +147,3 @@ class _Contest:
         index_F = torch.full_like(line_P[:1], len(self.unit_FD)).expand(len(self.unit_FD)).clone()
         index_F.scatter_reduce_(0, line_P[won_P], other_P[won_P], "amin")
         return Nearest(index_F, cosine_F.clamp(-1.0, 1.0))
-
-
-@cache
-def quick_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where its products are faster than fp32's: on a CPU that is measured once, on a GPU its age tells."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float32
-    if device.type != "cpu":
-        return torch.bfloat16
-
-    def seconds(dtype: torch.dtype) -> float:
-        rows = torch.zeros(256, 256, dtype=dtype)
-        took = []
-        for _ in range(4):
-            start = time.perf_counter()
-            torch.mm(rows, rows)
-            took.append(time.perf_counter() - start)
-        return min(took)
-
-    return min((torch.bfloat16, torch.float32), key=seconds)

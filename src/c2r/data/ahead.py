@@ -22,9 +22,13 @@ class Ahead(Generic[Item]):
         parts: makes the iterator; called in the thread.
         tokens: the bound.
         name: of the thread.
+        start: whether the thread begins at once. An owner that must be able to stop it whatever happens keeps the object
+            first and calls `start` then: a signal may come between the two.
     """
 
-    def __init__(self, parts: Callable[[], Iterator[Item]], tokens: int, name: str = "c2r reader") -> None:
+    def __init__(
+        self, parts: Callable[[], Iterator[Item]], tokens: int, name: str = "c2r reader", *, start: bool = True
+    ) -> None:
         self._parts, self._bound = parts, tokens
         self._waiting: deque[Item] = deque()
         self._changed = threading.Condition()
@@ -32,7 +36,14 @@ class Ahead(Generic[Item]):
         self._error: BaseException | None = None
         # A daemon, so that a model that hangs cannot keep the process alive; `close` is what ends it in order.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        if start:
+            self.start()
+
+    def start(self) -> None:
+        """Begin, unless it was stopped before."""
+        with self._changed:
+            if not self._stopped:
+                self._thread.start()
 
     def take(self) -> Item | None:
         """The next part; None when there is no more.
@@ -55,7 +66,7 @@ class Ahead(Generic[Item]):
     def close(self) -> None:
         """Drop what waits and end the thread; it lasts as long as the part that it is making, here at most 10 s."""
         self.stop()
-        if self._thread is not threading.current_thread():
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
 
     def stop(self) -> None:

@@ -89,8 +89,10 @@ class ActivationStream:
         if self._preparing is not None:
             self.close()
         self._join()
-        ahead = self._preparing = Ahead(partial(self._windows.batches, batch, tokens), batch, "c2r batches")
+        ahead = Ahead(partial(self._windows.batches, batch, tokens), batch, "c2r batches", start=False)
         try:
+            self._preparing = ahead  # before its thread runs: a signal between the two must find it
+            ahead.start()
             while (prepared := ahead.take()) is not None:
                 x = {point: self._scaled(x_BD, point) for point, x_BD in prepared.rows.items()}
                 self._stands = prepared.state  # not before there is a batch to serve
@@ -133,10 +135,12 @@ class ActivationStream:
 
     def _stop(self) -> None:
         """Tell the threads to end, without waiting for it."""
-        for thread in (self._preparing, self._windows.reading):
-            if thread is not None:
-                thread.stop()
-                self._ending.append(thread)
+        if self._preparing is not None:
+            self._preparing.stop()
+            self._ending.append(self._preparing)
+        reading = self._windows.stop()
+        if reading is not None:
+            self._ending.append(reading)
         self._preparing = None
 
     def _join(self) -> None:

@@ -99,6 +99,7 @@ class Windows:
         self.reader, self.config, self.tokens, self.seed = reader, config, tokens, seed
         self.begun, self.measured, self.pinned = begun, measured, pinned
         self.reading: Ahead[Part] | None = None
+        self._stopped = False
         self.dropped = self._dropped_before = begun["dropped"]
         self._window: Window | None = None
         self._number, self._served = begun["window"], begun["served"]
@@ -109,6 +110,13 @@ class Windows:
         self._used, self._skip = 0, begun["skip"]
         self._seen = self._kept = 0
         """Tokens read for the window that is being filled, and those that were no outliers."""
+
+    def stop(self) -> Ahead[Part] | None:
+        """End the reader's thread, also one that is about to be made; returns the thread's object if there is one."""
+        self._stopped = True
+        if self.reading is not None:
+            self.reading.stop()
+        return self.reading
 
     def measure(self) -> Measured:
         """Median norms and scales, measured on the first tokens where they are not known."""
@@ -181,8 +189,12 @@ class Windows:
     def _ahead(self) -> Ahead[Part]:
         if self.reading is None:
             bound = self.config.ahead_tokens or self.config.buffer_tokens
-            self.reading = Ahead(partial(self.reader.read, self.begun["position"]), bound)
-            weakref.finalize(self, self.reading.stop)
+            reading = Ahead(partial(self.reader.read, self.begun["position"]), bound, start=False)
+            self.reading = reading  # before its thread runs, so that `stop` finds it
+            weakref.finalize(self, reading.stop)
+            if self._stopped:  # before there was a reader to stop
+                reading.stop()
+            reading.start()
         return self.reading
 
 

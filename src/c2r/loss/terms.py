@@ -25,6 +25,8 @@ class Encoded(NamedTuple):
     """What is decoded."""
     gate: Acts | None = None
     """gated: the gate's ReLU'd pre-activations, which is what L1 and C²R see."""
+    pre: Acts | None = None
+    """jump_relu: pre-activations, all those near or above their threshold."""
 
     @property
     def penalised(self) -> Acts:

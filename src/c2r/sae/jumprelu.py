@@ -1,13 +1,14 @@
 """JumpReLU and its L0, with straight-through gradients for the threshold (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
-A jump has no derivative; a rectangle of width ε around the threshold stands in for it. Both take activations dense or
-sparse; sparse ones need every entry above the threshold less ε/2.
+A jump has no derivative; a rectangle of width ε around the threshold stands in for it. Both functions take dense or
+sparse values; sparse ones need every entry above the threshold less ε/2.
 
 B tokens · F latents · N entries, those of `[B, F]` or of a support.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,16 +33,17 @@ class _Jump(torch.autograd.Function):
 
 class _Count(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, threshold_F: Tensor, acts: Acts, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, threshold_F: Tensor, values: Acts, bandwidth: float, absent: float) -> Tensor:
         ctx.save_for_backward(threshold_F)
-        ctx.acts, ctx.bandwidth = acts, bandwidth
-        return _per_latent(acts, threshold_F, lambda value, threshold: value > threshold).sum()
+        ctx.given = values, bandwidth, absent
+        return _per_latent(values, threshold_F, absent, lambda value, threshold: value > threshold).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (threshold_F,) = ctx.saved_tensors
-        near_F = _per_latent(ctx.acts, threshold_F, lambda value, threshold: _near(value, threshold, ctx.bandwidth))
-        return -grads[0] * near_F / ctx.bandwidth, None, None
+        values, bandwidth, absent = ctx.given
+        near_F = _per_latent(values, threshold_F, absent, lambda value, threshold: _near(value, threshold, bandwidth))
+        return -grads[0] * near_F / bandwidth, None, None, None
 
 
 def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -50,10 +52,27 @@ def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     return acts
 
 
-def soft_l0(acts: Acts, threshold_F: Tensor, bandwidth: float) -> Tensor:
-    """Mean number of active latents a token, with a gradient for the thresholds and none for the activations."""
-    held = Codes(acts.values_N.detach(), acts.support) if isinstance(acts, Codes) else acts.detach()
-    count: Any = _Count.apply(threshold_F, held, bandwidth)
+def soft_l0(pre: Acts, threshold_F: Tensor, bandwidth: float) -> Tensor:
+    """Mean number of active latents per token, from pre-activations, with a gradient for the thresholds alone.
+
+    The gradient for θ is −(1/ε)·P(|π − θ| < ε/2), equations 11 and 12 of arXiv 2407.14435. Entries that sparse `pre`
+    leaves out count as far below the threshold.
+    """
+    return _counted(pre, threshold_F, bandwidth, -math.inf)
+
+
+def published_soft_l0(acts: Acts, threshold_F: Tensor, bandwidth: float) -> Tensor:
+    """As `soft_l0`, from activations after the jump, as the published trainers have it.
+
+    The count is the same; the gradient is not. Entries a little below θ are 0 by then, so the lower half of the
+    rectangle is lost; where θ < ε/2, every silent entry is near the threshold.
+    """
+    return _counted(acts, threshold_F, bandwidth, 0.0)
+
+
+def _counted(values: Acts, threshold_F: Tensor, bandwidth: float, absent: float) -> Tensor:
+    held = Codes(values.values_N.detach(), values.support) if isinstance(values, Codes) else values.detach()
+    count: Any = _Count.apply(threshold_F, held, bandwidth, absent)
     return count / (held.support.batch if isinstance(held, Codes) else len(held))
 
 
@@ -61,11 +80,12 @@ def _near(value: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     return (value - threshold).abs() < bandwidth / 2
 
 
-def _per_latent(acts: Acts, threshold_F: Tensor, holds: Any) -> Tensor:
-    """On how many tokens `holds(activation, threshold)`, for each latent `[F]`; zeros that are not stored count too."""
-    if isinstance(acts, Tensor):
-        return holds(acts, threshold_F).sum(0).to(threshold_F)
-    at, zeros_F = acts.support, torch.zeros_like(threshold_F)
-    stored_F = zeros_F.index_add(0, at.latents_N, torch.ones_like(acts.values_N))
-    stored_hold_F = zeros_F.index_add(0, at.latents_N, holds(acts.values_N, threshold_F[at.latents_N]).to(threshold_F))
-    return stored_hold_F + (at.batch - stored_F) * holds(zeros_F, threshold_F)
+def _per_latent(values: Acts, threshold_F: Tensor, absent: float, holds: Any) -> Tensor:
+    """On how many tokens `holds(value, threshold)`, for each latent `[F]`; entries that are not stored are `absent`."""
+    if isinstance(values, Tensor):
+        return holds(values, threshold_F).sum(0).to(threshold_F)
+    at, zeros_F = values.support, torch.zeros_like(threshold_F)
+    stored_F = zeros_F.index_add(0, at.latents_N, torch.ones_like(values.values_N))
+    held_N = holds(values.values_N, threshold_F[at.latents_N]).to(threshold_F)
+    rest_F = (at.batch - stored_F) * holds(torch.full_like(zeros_F, absent), threshold_F)
+    return zeros_F.index_add(0, at.latents_N, held_N) + rest_F

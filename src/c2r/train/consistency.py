@@ -1,27 +1,51 @@
 """C²R as training applies it: when, how strongly, and the ablations.
 
-F latents.
+D width of the activations · F latents.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from c2r.codes import Acts, norms
-from c2r.methods import ConsistencyConfig
+from c2r.methods import SAEConfig
 from c2r.neighbors import Neighbors, random_floor
 from c2r.penalty import lambda_of_strength, pair_weights, penalty_from_norms
-from c2r.sae.base import SAE
 from c2r.train.optim import ramp
 
 
-class Consistency:
-    """The term λ·C²R of one SAE."""
+def margin_of(config: SAEConfig, d_in: int) -> float:
+    """The cosine from which C²R acts on an SAE of activations of width `d_in`.
 
-    def __init__(self, config: ConsistencyConfig, sae: SAE, *, seed: int) -> None:
-        self.config = config
-        self.margin = random_floor(sae.width, sae.d_in) if config.margin == "floor" else config.margin
+    Raises:
+        ValueError: `margin: floor` is 1 at this shape, which no cosine exceeds.
+    """
+    if config.c2r is None or config.c2r.margin != "floor":
+        return 0.0 if config.c2r is None else float(config.c2r.margin)
+    floor = random_floor(config.width, d_in)
+    if floor >= 1:
+        raise ValueError(
+            f"saes.{config.name}.c2r.margin: got 'floor', which is √(2 ln F / D) = "
+            f"{math.sqrt(2 * math.log(config.width) / d_in):.2f} at F = {config.width} latents and D = {d_in}; no cosine "
+            "exceeds 1, so C²R would never act. Accepted here are numbers from 0, the paper's, to below 1"
+        )
+    return floor
+
+
+class Consistency:
+    """The term λ·C²R of one SAE.
+
+    Raises:
+        ValueError: see `margin_of`.
+    """
+
+    def __init__(self, config: SAEConfig, d_in: int, *, seed: int) -> None:
+        assert config.c2r is not None
+        self.config = config.c2r
+        self.margin = margin_of(config, d_in)
         self.generator = torch.Generator().manual_seed(seed)
 
     def applies(self, step: int) -> bool:
@@ -45,4 +69,4 @@ class Consistency:
             return lam * pair_weights(norms_F, near.index, self.config.alpha).mean()
         if self.config.ablation == "shuffled_norms":
             norms_F = norms_F[torch.randperm(len(norms_F), generator=self.generator).to(norms_F.device)]
-        return lam * penalty_from_norms(norms_F, W_dec_FD, *near, alpha=self.config.alpha, margin=float(self.margin))
+        return lam * penalty_from_norms(norms_F, W_dec_FD, *near, alpha=self.config.alpha, margin=self.margin)

@@ -72,7 +72,9 @@ def project_gradient(W_dec_FD: Tensor) -> None:
         most = _ROWS if W_dec_FD.device.type == "cpu" else _ROWS_ON_A_GPU
         for rows_RD, grad_RD in zip(W_dec_FD.split(most), W_dec_FD.grad.split(most), strict=True):
             with torch.autocast(rows_RD.device.type, enabled=False):
-                along_R = torch.linalg.vecdot(grad_RD, rows_RD) / rows_RD.norm(dim=1).square()
+                # A row of zeros has no direction; dividing by its norm would make the gradient NaN.
+                square_R = rows_RD.norm(dim=1).square().clamp(min=torch.finfo(rows_RD.dtype).tiny)
+                along_R = torch.linalg.vecdot(grad_RD, rows_RD) / square_R
             grad_RD.addcmul_(rows_RD, along_R[:, None], value=-1)
 
 

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.coarse import coarse_pays, coarse_works
-from c2r.codes import Acts, Codes, Support, encode_at, fired, l0
+from c2r.codes import Acts, Codes, Support, encode_all, encode_at, fired, l0
 from c2r.config import TrainConfig
 from c2r.loss.terms import Encoded, Forward, lp
+from c2r.machine import describe_machine
 from c2r.methods import MatryoshkaConfig, SAEConfig, TopKConfig, group_ends
 from c2r.neighbors import Neighbors, NeighborTable, renewed_rows
-from c2r.recipes import RECIPES, encode_batch_top_k
+from c2r.recipes import RECIPES
 from c2r.sae.base import SAE, Extra
 from c2r.sae.topk import BatchTopK
-from c2r.tiles import quick_dtype
 from c2r.train.consistency import Consistency
 from c2r.train.optim import (
     adam,
@@ -32,6 +31,7 @@ from c2r.train.optim import (
     ramp,
     random_unit_rows,
 )
+from c2r.train.precision import Precision, choose_precision, restored
 
 SPARSE_BELOW = 0.03
 """Share of activations that fire, below which the sparse step beats the dense one (benchmarks/sparse.py)."""
@@ -71,21 +71,19 @@ class Run(Generic[Config]):
         self.seed = seed if config.seed is None else config.seed
         self.fresh = start is None
         self.sae = (self._random_sae(d_in) if start is None else start).to(device)
+        self._hold_thresholds()
         self.threshold = torch.tensor(-1.0, device=device)
         """Of batch-top-k's inference form, learnt while training; −1 until it is first measured."""
         self.smallest = torch.tensor(-1.0, device=device)
         """The last batch's measure of it, which serves an SAE that is saved before."""
         self.optimizer = adam(list(self.sae.parameters()), train.lr)
-        given = train.precision
-        self.product_dtype = quick_dtype(torch.device(device)) if given == "auto" else getattr(torch, given)
-        batch_top_k = self.recipe.encode is encode_batch_top_k
-        self.coarse = batch_top_k and given == "auto" and coarse_pays(torch.device(device), config.width, self.config.k)
-        """Whether batch-top-k finds its candidates by a product in int8."""
+        self.product_dtype, self.coarse = choose_precision(config, train, self.sae.W_dec.device)
         self.selector = BatchTopK()
         mode = config.c2r.neighbors if config.c2r else "lagged"
-        rows = renewed_rows(config.width, train.steps)
+        begins = config.c2r.start if config.c2r else 0
+        rows = renewed_rows(config.width, max(1, train.steps - begins))
         self.table = NeighborTable(mode, rows=rows, dtype=self.product_dtype, seed=self.seed)
-        self.consistency = None if config.c2r is None else Consistency(config.c2r, self.sae, seed=self.seed)
+        self.consistency = None if config.c2r is None else Consistency(config, d_in, seed=self.seed)
         self.ends = (
             group_ends(config.fractions, config.width) if isinstance(config, MatryoshkaConfig) else (config.width,)
         )
@@ -94,7 +92,12 @@ class Run(Generic[Config]):
         self.p, self.p_scale = 1.0, 1.0
         self.share = 1.0
         """Of the last step's activations, how many fired."""
+        self.int8_found = False
+        """Whether int8 found the last step's candidates."""
         self.step_number = 0
+        self.machines: list[dict[str, Any]] = []
+        """What each part of the training ran on and in what precision, with its first step."""
+        self._note_machine()
         self._neighbors: tuple[int, Neighbors] | None = None
 
     def _random_sae(self, d_in: int) -> SAE:
@@ -134,6 +137,7 @@ class Run(Generic[Config]):
         self.optimizer.zero_grad()
         if self.recipe.unit_rows:
             normalise_rows(sae.W_dec)
+        self._hold_thresholds()
         # ------------------------------------------------------------------------------------------------------
 
         self.step_number += 1
@@ -147,7 +151,15 @@ class Run(Generic[Config]):
                 "penalty_ratio": losses["c2r"].detach() / error,
                 "neighbor_churn": self.table.churn,
                 "neighbor_regret": self.table.regret,
+                "product_bits": torch.tensor(8.0 * self.product_dtype.itemsize),
+                "int8": torch.tensor(float(self.int8_found)),
             }
+
+    @torch.no_grad()
+    def _hold_thresholds(self) -> None:
+        """Keep JumpReLU's thresholds at 0 or above: below, training would emit negative activations, inference none."""
+        if self.sae.threshold is not None:
+            self.sae.threshold.clamp_(min=0)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to go on bit for bit: a tree of JSON values and of tensors, which are the run's own."""
@@ -160,6 +172,7 @@ class Run(Generic[Config]):
             "selector": dict(vars(self.selector)),  # numbers alone
             "product": str(self.product_dtype).removeprefix("torch."),
             "coarse": self.coarse,
+            "machines": self.machines,
             **{name: getattr(self, name) for name in _COUNTED},
         }
 
@@ -176,29 +189,56 @@ class Run(Generic[Config]):
         if self.consistency is not None:
             self.consistency.generator.set_state(state["consistency"])
         vars(self.selector).update(state["selector"])
-        # What "auto" found when the run began, which another machine might not.
-        self.product_dtype = self.table.dtype = getattr(torch, state["product"])
-        self.coarse = state.get("coarse", False) and device.type == "cpu" and coarse_works()
+        # What "auto" chose when the run began, which it might not on another machine.
+        self.product_dtype, self.coarse = restored(state, device)
+        self.table.dtype = self.product_dtype
         for name in _COUNTED:
             value = state[name]
             setattr(self, name, value.to(device, copy=True) if isinstance(value, Tensor) else value)
+        self.machines = [dict(machine) for machine in state.get("machines", [])]
+        self._note_machine()
+
+    @property
+    def precision(self) -> Precision:
+        """What it trains in."""
+        return Precision(self.product_dtype, self.coarse)
+
+    def _note_machine(self) -> None:
+        """Record the machine and the precision from here on, unless they are those of the last part."""
+        here = {**describe_machine(self.sae.W_dec.device), **self.precision.record}
+        last = (
+            {name: value for name, value in self.machines[-1].items() if name != "from_step"} if self.machines else {}
+        )
+        if here != last:
+            self.machines.append({"from_step": self.step_number, **here})
 
     def consistency_term(self, encoded: Encoded, batch: int) -> Tensor:
         """λ·C²R of the activations that the method shows it; 0 in the steps that leave it out."""
-        if self.consistency is None or not self.consistency.applies(self.step_number):
+        if self.consistency is None or self.step_number < self.consistency.config.start:
+            return self.sae.W_dec.new_zeros(())
+        if not self.consistency.applies(self.step_number):
+            if self.table.mode == "lagged":
+                self.neighbors()  # the table ages with the decoder, whether a step has the term or not
             return self.sae.W_dec.new_zeros(())
         return self.consistency.term(encoded.penalised, self.sae.W_dec, self.neighbors(), batch, self.step_number)
 
     def neighbors(self) -> Neighbors:
-        """Nearest neighbours, searched at most once a step."""
+        """Nearest neighbours, searched at most once per step.
+
+        Raises:
+            ValueError: a search of the whole decoder finds rows that are not finite; names the SAE, the step and a row.
+        """
         if self._neighbors is None or self._neighbors[0] != self.step_number:
-            self._neighbors = (self.step_number, self.table.refresh(self.sae.W_dec))
+            try:
+                self._neighbors = (self.step_number, self.table.refresh(self.sae.W_dec))
+            except ValueError as error:
+                raise ValueError(f"saes.{self.config.name}: at step {self.step_number}, {error}") from error
         return self._neighbors[1]
 
     def product(self, x_BD: Tensor) -> Tensor:
-        """Pre-activations `[B, F]` with their gradient; the product itself in the configured precision."""
-        sae, low = self.sae, self.product_dtype
-        return F.linear(sae.centred(x_BD).to(low), sae.W_enc.to(low)).float() + sae.b_enc
+        """Pre-activations `[B, F]`: their product in the configured precision, its gradient in fp32."""
+        sae = self.sae
+        return encode_all(x_BD, sae.W_enc, sae.b_enc, sae.b_dec if sae.subtract_b_dec else None, self.product_dtype)
 
     @torch.no_grad()
     def selecting_product(self, x_BD: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ def save_run(
         "sae": run.config.model_dump(mode="json", by_alias=True),
         "state": {**state, **_both_units(run, config)},
         "identity": source.identity,
+        "machines": run.machines,
     }
     sae = run.export(scale)
     try:

@@ -29,10 +29,12 @@ from c2r.train.checkpoint import (
     rng_state,
     set_rng_state,
 )
+from c2r.train.consistency import margin_of
 from c2r.train.faults import check_disk, check_loss, check_room, check_weights, keep_faulty, telling_of_memory
 from c2r.train.log import LogPosition, RunLog
 from c2r.train.memory import give_freed_memory_back, keep_freed_memory
 from c2r.train.output import METRICS_FILE, as_written, check_output, check_same, finished, held, prepare_output
+from c2r.train.precision import check_selection, precision_lines
 from c2r.train.run import Run
 from c2r.train.save import save_run
 from c2r.train.source import Source, cache_held, check_data, open_source
@@ -97,6 +99,7 @@ class _Progress:
 def _train(config: RunConfig, checkpoint: Checkpoint | None, overwrite: bool, console: Console) -> dict[str, Path]:
     starts = {sae.name: None if checkpoint else check_start(sae) for sae in config.saes}
     device = pick_device(config.train.device)
+    check_selection(config.train, device)
     if device.type == "cpu":
         keep_freed_memory()
     source = open_source(config, device, console)
@@ -104,7 +107,9 @@ def _train(config: RunConfig, checkpoint: Checkpoint | None, overwrite: bool, co
         check_room(config, source.d_in, device)
         if checkpoint is not None:
             _check_identity(checkpoint, source)
-        at, runs = _begin(config, checkpoint, source, starts, device)
+        for sae in config.saes:
+            margin_of(sae, source.d_in)
+        at, runs = _begin(config, checkpoint, source, starts, device, console)
         check_disk(config, runs)
         prepare_output(config, overwrite=overwrite, console=console)
         checkpoints, trackers = Checkpoints(config.output, config.train), open_trackers(config, at.step)
@@ -140,6 +145,7 @@ def _begin(
     source: Source,
     starts: dict[str, SAE | None],
     device: torch.device,
+    console: Console,
 ) -> tuple[_Progress, list[Run[Any]]]:
     """The SAEs and how far they are: new ones, or as the checkpoint has them."""
     stream = source.stream
@@ -148,10 +154,13 @@ def _begin(
         stream.load_state_dict(state["stream"])
     scale = {sae.name: stream.scale[config.point(sae)] for sae in config.saes}
     runs = [_new_run(sae, starts[sae.name], config, source.d_in, scale[sae.name], device) for sae in config.saes]
+    for run in runs if state is not None else ():
+        run.load_state_dict(state["saes"][run.config.name])
+    began = [] if state is None else [state["saes"][run.config.name] for run in runs]
+    for line in precision_lines([run.config.name for run in runs], [run.precision for run in runs], began):
+        console.print(escape(line), soft_wrap=True)
     if state is None:
         return _Progress(stream.state_dict()), runs
-    for run in runs:
-        run.load_state_dict(state["saes"][run.config.name])
     set_rng_state(state["rng"], device)
     return _Progress(state["stream"], state["step"], state["tokens"], LogPosition(**state["log"])), runs
 
