@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -35,7 +36,7 @@ from c2r.data.cache import (
 )
 from c2r.data.harvest import LanguageModel, load_language_model, pick_device
 from c2r.data.reader import CALIBRATION_TOKENS, LiveReader, Part, live_reader, measure, usual
-from c2r.data.tokens import check_source
+from c2r.data.tokens import check_source, opens_with_bos
 
 _QUIET_SECONDS = 20.0
 
@@ -64,6 +65,7 @@ def fill_cache(config: RunConfig, *, verify: bool = False, console: Console | No
     lm = load_language_model(config.model, pick_device(config.train.device))
     dtype: torch.dtype = getattr(torch, origin_of(config)["cache"]["dtype"])
     reader = live_reader(config, lm, dtype)
+    reader.skipped.say = lambda message: console.print(f"[yellow]{escape(message)}[/]", soft_wrap=True)
     if manifest is None:
         manifest = _new_manifest(config, lm)
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,10 +74,13 @@ def fill_cache(config: RunConfig, *, verify: bool = False, console: Console | No
         raise ValueError(f"cache.path: {folder} was made by another model of the name {config.model.name!r}")
     reader.points = tuple(map(HookPoint.of, manifest["points"]))
     _extend(config, manifest, reader, _mend(folder, reader, verify, console), console)
+    if (report := reader.skipped.report) is not None:
+        console.print(f"[yellow]{report}[/]")
     return folder
 
 
 def _new_manifest(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
+    assert isinstance(config.data, DataConfig)
     return {
         "format": FORMAT,
         "complete": False,
@@ -83,7 +88,7 @@ def _new_manifest(config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
         "identity": lm.identity,
         "points": [point.name for point in config.points],
         "d_in": lm.d_in,
-        "prepend_bos": lm.tokenizer.bos_token_id is not None,
+        "prepend_bos": opens_with_bos(config.data, lm.tokenizer),
     }
 
 

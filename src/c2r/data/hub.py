@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from c2r.data.document import Read, as_document, fields_of
+from c2r.data.paths import expanded
 from c2r.data_config import TextSource
 
 _BATCH = 64  # rows of a local data set that are fetched at once
@@ -110,6 +111,7 @@ def open_data_set(
     """
     import datasets
 
+    path = str(expanded(path)) if path.startswith("~") else path
     try:
         if not any((Path(path) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             return datasets.load_dataset(path, name, split=split, revision=revision, streaming=streaming)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from c2r.config import RunConfig
 from c2r.data.cache import CacheReader, open_cache
@@ -13,7 +14,7 @@ from c2r.data.features import known_features
 from c2r.data.harvest import load_language_model
 from c2r.data.reader import live_reader
 from c2r.data.stream import ActivationStream, SyntheticStream
-from c2r.data.tokens import check_source
+from c2r.data.tokens import Skipped, check_source, opens_with_bos
 from c2r.methods import SAEConfig
 from c2r.presets import SyntheticConfig
 
@@ -28,6 +29,8 @@ class Source(NamedTuple):
     d_in: int
     metadata: dict[str, Any]
     """What SAELens keeps of an SAE's origin, all but the hook point."""
+    skipped: Skipped = Skipped()
+    """Records of the text that were skipped."""
 
     def model_of(self, sae: SAEConfig) -> dict[str, Any] | None:
         """The language model's section of the configuration with the SAE's own hook point; None without a model."""
@@ -65,9 +68,12 @@ def open_source(config: RunConfig, device: torch.device, console: Console) -> So
     data = config.data
     if isinstance(data, SyntheticConfig):
         return _known_features(config, data, device, console)
+    skipped = Skipped()
     if config.cache is None:
         lm = load_language_model(config.model, device)
-        reader, d_in, bos, where = live_reader(config, lm), lm.d_in, lm.tokenizer.bos_token_id is not None, "model"
+        reader, d_in, bos, where = live_reader(config, lm), lm.d_in, opens_with_bos(data, lm.tokenizer), "model"
+        skipped = reader.skipped
+        skipped.say = lambda message: console.print(f"[yellow]{escape(message)}[/]", soft_wrap=True)
     else:
         manifest = open_cache(config)
         reader, where = CacheReader(config.cache.path, config.points, seed=config.seed), f"{config.cache.path}: model"
@@ -86,7 +92,7 @@ def open_source(config: RunConfig, device: torch.device, console: Console) -> So
         "dataset_path": data.path or data.source,
     }
     stream = ActivationStream(reader, config.stream, tokens=config.train.tokens, seed=config.seed, device=device)
-    return Source(config, stream, d_in, metadata)
+    return Source(config, stream, d_in, metadata, skipped)
 
 
 def _known_features(config: RunConfig, data: SyntheticConfig, device: torch.device, console: Console) -> Source:
