@@ -154,3 +154,21 @@ class DataConfig(TextSource):
         if self.source == "mixture":
             return {f"data.parts.{number}": part for number, part in enumerate(self.parts)}
         return {"data": self}
+
+
+def text_to_evaluate(data: dict[str, Any], trained: dict[str, Any] | None) -> dict[str, Any]:
+    """The text of an evaluation, with the share that training left out of it.
+
+    Arguments:
+        data: what `DataConfig` takes.
+        trained: the same of training; None: not known. Text that training did not read is evaluated on whole, and so is
+            text from which it left nothing out, as before there was `held_out`.
+    """
+    same = trained is not None and all(data.get(key) == trained.get(key) for key in ("source", "path", "name", "split"))
+
+    def of(source: dict[str, Any]) -> dict[str, Any]:
+        parts = {"parts": [of(part) for part in source["parts"]]} if source.get("parts") else {}
+        kept = source.get("source") not in ("files", "hf") or (same and "held_out" in source)
+        return source | parts | ({} if kept else {"held_out": 0.0})
+
+    return of(data)

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from c2r.config import DataConfig, ModelConfig
+from c2r.data_config import text_to_evaluate
 
 
 def model_of(config: dict[str, Any], name: str | None, trust_remote_code: bool = False) -> ModelConfig:
@@ -37,7 +38,8 @@ def model_of(config: dict[str, Any], name: str | None, trust_remote_code: bool =
 def data_of(config: dict[str, Any], changes: dict[str, Any]) -> DataConfig:
     """The text that an SAE was trained on, or the standard library where its file does not say, with `changes`.
 
-    A change of source keeps nothing of the old one but the length of rows.
+    A change of source keeps nothing of the old one but the length of rows. Of text that training did not read, nothing
+    is held out.
 
     Raises:
         ValueError: the changes do not make a source.
@@ -47,6 +49,7 @@ def data_of(config: dict[str, Any], changes: dict[str, Any]) -> DataConfig:
     if "source" in changes:
         given = {"context": given["context"]}
     try:
-        return DataConfig.model_validate(given | changes)
+        trained, data = config["c2r"]["data"] if "c2r" in config else None, given | changes
+        return DataConfig.model_validate(data if "held_out" in changes else text_to_evaluate(data, trained))
     except ValidationError as error:
         raise ValueError("; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())) from None
