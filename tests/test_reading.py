@@ -11,7 +11,7 @@ from c2r.eval.reading import pairs_to_read, snippets
 class Letters:
     """Token 0 is a, 1 is b, …"""
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], **_: bool) -> str:
         return "".join(chr(97 + i) for i in ids)
 
 

@@ -6,10 +6,10 @@ Values that are found while running (scale, thresholds) live in the run's state 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from c2r.data_config import DataConfig, MixturePart
@@ -27,6 +27,7 @@ from c2r.methods import (
     at_home,
 )
 from c2r.presets import PRESETS, SyntheticConfig, of_preset
+from c2r.yaml_text import load_yaml
 
 
 class ModelConfig(Frozen):
@@ -195,31 +196,12 @@ class RunConfig(Frozen):
         return tuple(dict.fromkeys(map(self.point, self.saes)))
 
 
-class _EmptyError(ValueError):
-    """A key without a value."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe loading in which a key without a value is a mistake: an empty `c2r:` would train a baseline in silence."""
-
-    def construct_yaml_null(self, node: Any) -> None:
-        if not node.value:
-            line = node.start_mark.get_snippet(indent=0).splitlines()[0].strip()
-            raise _EmptyError(
-                f"line {node.start_mark.line + 1}, {line!r}: nothing given; fill it in, leave it out, or write null "
-                "where nothing is meant"
-            )
-
-
-_Loader.add_constructor("tag:yaml.org,2002:null", _Loader.construct_yaml_null)
-
-
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Read a run's YAML and apply `a.b=c` overrides (`saes.0.k=16` reaches into lists).
 
     Raises:
-        ValueError: no such file, not YAML, a key without a value, an override that fits nowhere, or values that the
-            configuration refuses; each names the field, what was given and what is accepted.
+        ValueError: no such file, not YAML, a key without a value or given twice, an override that fits nowhere, or
+            values that the configuration refuses; each names the field, what was given and what is accepted.
     """
     path = at_home(path)
     try:
@@ -227,15 +209,12 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the configuration {path}: {error}") from error
     try:
-        raw = yaml.load(text, Loader=_Loader)
-    except _EmptyError as error:
-        raise ValueError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not readable YAML: {error}") from error
+        raw = load_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a mapping of output, model, data, train, saes…, got {type(raw).__name__}")
-    for override in overrides:
-        set_value(raw, override)
+    set_values(raw, overrides)
     return parse_config(raw, str(path))
 
 
@@ -261,7 +240,11 @@ def _fault(fault: Any, raw: dict[str, Any]) -> str:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{field}: unknown key; accepted are {', '.join(accepted)}{hint}"
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{field}: {message}" + ("" if fault["type"] in ("value_error", "missing") else f" (got {fault['input']!r})")
+    hint = ""
+    if fault["type"] == "string_type" and isinstance(fault["input"], int | float):
+        hint = "; text that looks like a number, true or false stands in quotes"
+    shown = "" if fault["type"] in ("value_error", "missing") else f" (got {fault['input']!r}{hint})"
+    return f"{field}: {message}{shown}"
 
 
 def _fields_at(location: tuple[int | str, ...], raw: dict[str, Any]) -> list[str]:
@@ -284,6 +267,21 @@ def _fields_at(location: tuple[int | str, ...], raw: dict[str, Any]) -> list[str
     named = [part for part in location if part in sections]
     fields = (sections[named[-1]] if named else RunConfig).model_fields
     return [field.alias or name for name, field in fields.items()]
+
+
+def set_values(raw: Any, overrides: Iterable[str]) -> None:
+    """Carry out several `a.b=c`, each key once.
+
+    Raises:
+        ValueError: a key is given twice; see `set_value`.
+    """
+    given: dict[str, str] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in given:
+            raise ValueError(f"--set {key}: given twice, as {given[key]!r} and {value!r}; keep one")
+        given[key] = value
+        set_value(raw, override)
 
 
 def set_value(raw: Any, override: str) -> None:
@@ -310,9 +308,10 @@ def set_value(raw: Any, override: str) -> None:
             if not value.strip():
                 raise ValueError(f"--set {override}: nothing given; write null where nothing is meant")
             try:
-                node[place] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise ValueError(f"--set {override}: {value!r} is not readable YAML: {error}") from error
+                node[place] = load_yaml(value)
+            except ValueError as error:
+                said = str(error).removeprefix("it ")
+                raise ValueError(f"--set {override}: {value!r} {said}") from error
         else:
             node = node.setdefault(place, {}) if isinstance(node, dict) else node[place]
             if node is None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import codecs
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StrictInt, StrictStr, model_validator
+from pydantic import BeforeValidator, Field, StrictInt, StrictStr, field_validator, model_validator
 
 from c2r.methods import Frozen, Positive, at_home
 
 # Keys that only some sources know. Saved configurations name every key, so that "given" means "not the default".
 _KEYS_OF: dict[str, tuple[str, ...]] = {
     "stdlib": (),
-    "files": ("path", "text_field", "chat_field", "tokens_field", "mask_field", "shuffle_documents"),
+    "files": (
+        "path", "encoding", "text_field", "chat_field", "tokens_field", "mask_field", "shuffle_documents",
+        "bad_records", "held_out",
+    ),
     "hf": (
         "path", "name", "revision", "split", "streaming",
-        "text_field", "chat_field", "tokens_field", "mask_field", "shuffle_documents",
+        "text_field", "chat_field", "tokens_field", "mask_field", "shuffle_documents", "bad_records", "held_out",
     ),
     "mixture": ("parts",),
 }  # fmt: skip
@@ -35,6 +39,9 @@ class TextSource(Frozen):
     """hf."""
     streaming: bool = True
     """hf: read while it is fetched; false: downloaded first, and shuffled as a whole."""
+    encoding: str | None = None
+    """files: encoding of text and JSON lines without a byte order mark, any that Python knows; null: UTF-8. A byte
+    order mark of UTF-8, UTF-16 or UTF-32 always decides."""
     text_field: str = "text"
     chat_field: str | None = None
     """Field of a list of messages, which the tokenizer's chat template makes text of; instead of `text_field`."""
@@ -44,6 +51,28 @@ class TextSource(Frozen):
     """With `tokens_field`: field of 0 or 1 a token; activations of tokens with 0 are not used."""
     shuffle_documents: Positive | None = None
     """Documents are shuffled within windows of so many; null: 1000 of a streamed data set, 1 of files."""
+    bad_records: Literal["error", "skip"] = "error"
+    """What happens at a record that cannot be used (not JSON, a missing field, half of a surrogate pair, ids that the
+    tokenizer does not have): an error that names it, or it is skipped and counted."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Share of the documents that training leaves to evaluations, chosen by a hash of each document's content. A source
+    in which this would be fewer than 4 documents is read whole by both, and evaluations say so."""
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, encoding: str | None) -> str | None:
+        try:
+            if encoding is not None:
+                if codecs.lookup(encoding).incrementaldecoder is None:
+                    raise LookupError
+                b"".decode(encoding)  # refuses codecs that do not make text of bytes
+                "".encode(encoding)
+        except (LookupError, ValueError):
+            raise ValueError(
+                f"got {encoding!r}; accepted are null (UTF-8) and the text encodings that Python knows, for example "
+                "utf-16-le, latin-1, cp1252"
+            ) from None
+        return encoding
 
     @model_validator(mode="after")
     def _check_source(self) -> TextSource:
@@ -95,6 +124,14 @@ class DataConfig(TextSource):
     """Tokens of a row that the model reads at once."""
     drop_tokens: list[StrictInt | StrictStr] = Field(default_factory=list)
     """Tokens whose activations are not used: ids, or strings that are one token. The model reads them all the same."""
+    prepend_bos: bool | None = None
+    """Whether each row opens with BOS; null: where the tokenizer has one."""
+    rows: Literal["packed", "as_is"] = "packed"
+    """packed: documents are joined and cut into rows. as_is: each record of `tokens_field` is one row, cut or padded to
+    `context`; nothing is joined or added."""
+    parse_special_tokens: bool = False
+    """Whether a special token that is spelled out in a document (`<|endoftext|>`) becomes that token; false: it is text
+    like any other. A chat template's own are always tokens."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that tokenise; 0: this one does. Rows do not depend on it."""
 
@@ -102,6 +139,13 @@ class DataConfig(TextSource):
     def _check_parts(self) -> DataConfig:
         if self.source == "mixture" and len(self.parts) < 2:
             raise ValueError(f"parts: got {len(self.parts)}; source 'mixture' needs two or more")
+        if self.rows == "as_is":
+            without = [section for section, source in self.sections.items() if source.tokens_field is None]
+            if without:
+                raise ValueError(f"rows: got 'as_is', which needs tokens_field; {', '.join(without)} has none")
+            for key in ("words", "prepend_bos"):
+                if getattr(self, key):
+                    raise ValueError(f"{key}: got {getattr(self, key)!r}, but rows: as_is adds nothing to the records")
         return self
 
     @property
@@ -110,3 +154,21 @@ class DataConfig(TextSource):
         if self.source == "mixture":
             return {f"data.parts.{number}": part for number, part in enumerate(self.parts)}
         return {"data": self}
+
+
+def text_to_evaluate(data: dict[str, Any], trained: dict[str, Any] | None) -> dict[str, Any]:
+    """The text of an evaluation, with the share that training left out of it.
+
+    Arguments:
+        data: what `DataConfig` takes.
+        trained: the same of training; None: not known. Text that training did not read is evaluated on whole, and so is
+            text from which it left nothing out, as before there was `held_out`.
+    """
+    same = trained is not None and all(data.get(key) == trained.get(key) for key in ("source", "path", "name", "split"))
+
+    def of(source: dict[str, Any]) -> dict[str, Any]:
+        parts = {"parts": [of(part) for part in source["parts"]]} if source.get("parts") else {}
+        kept = source.get("source") not in ("files", "hf") or (same and "held_out" in source)
+        return source | parts | ({} if kept else {"held_out": 0.0})
+
+    return of(data)

@@ -10,16 +10,24 @@ import numpy as np
 from c2r.data_config import TextSource
 
 
-class Document(NamedTuple):
-    """What is tokenised as one piece."""
+class BadRecord(ValueError):
+    """A record that cannot be used; the message names the field, the place, what was found and what is accepted."""
 
-    form: Literal["text", "chat", "tokens"]
+
+class Document(NamedTuple):
+    """A document, or a piece of a long one: pieces follow one another, and all but the last have `more` after them."""
+
+    form: Literal["text", "chat", "tokens", "bad"]
     content: Any
-    """A string, a list of messages, or token ids `[n]`."""
+    """A string, a list of messages, or token ids `[n]`; of a bad record what is wrong with it."""
     mask: Any = None
     """Of tokens: bool `[n]`, which of them have activations that are used; None: all."""
     where: str = ""
     """Field of the configuration, and place in the source, for errors: `data.tokens_field: corpus.jsonl:7`."""
+    before: str = ""
+    """The end of the piece before this one, without which the first tokens may be others; "" where a document begins."""
+    more: bool = False
+    """Whether the document continues in the next piece."""
 
 
 Read = Iterator[tuple[Document, Callable[[], Any]]]
@@ -50,12 +58,23 @@ def fields_of(source: TextSource) -> list[str]:
     return [source.chat_field or source.text_field]
 
 
-def as_document(record: Mapping[str, Any], place: str, section: str, source: TextSource) -> Document | None:
-    """The document in a record; None for an empty one.
+def as_document(record: Mapping[str, Any] | BadRecord, place: str, section: str, source: TextSource) -> Document | None:
+    """The document in a record; None for an empty one. A bad record is a document of that form if these are skipped.
 
     Raises:
-        ValueError: the field is missing or holds something else.
+        BadRecord: the record, or its field, is missing or something else, and bad records are errors.
     """
+    try:
+        if isinstance(record, BadRecord):
+            raise record
+        return _document(record, place, section, source)
+    except BadRecord as error:
+        if source.bad_records == "error":
+            raise
+        return Document("bad", str(error))
+
+
+def _document(record: Mapping[str, Any], place: str, section: str, source: TextSource) -> Document | None:
     if source.tokens_field is not None:
         return _tokens(record, place, section, source.tokens_field, source.mask_field)
     if source.chat_field is not None:
@@ -63,17 +82,17 @@ def as_document(record: Mapping[str, Any], place: str, section: str, source: Tex
     where, field = f"{section}.text_field: {place}", source.text_field
     text = record.get(field)
     if not isinstance(text, str):
-        raise ValueError(f"{where} has no text under {field!r}{_instead(record, field)}")
+        raise BadRecord(f"{where} has no text under {field!r}{_instead(record, field)}")
     return Document("text", text, None, where) if text.strip() else None
 
 
 def _chat(record: Mapping[str, Any], place: str, section: str, field: str) -> Document | None:
     where, messages = f"{section}.chat_field: {place}", record.get(field)
     if not isinstance(messages, list):
-        raise ValueError(f"{where} has no list of messages under {field!r}{_instead(record, field)}")
+        raise BadRecord(f"{where} has no list of messages under {field!r}{_instead(record, field)}")
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise ValueError(f"{where}: expected messages with 'role', a string, and 'content'; found {message!s:.200}")
+            raise BadRecord(f"{where}: expected messages with 'role', a string, and 'content'; found {message!s:.200}")
     return Document("chat", messages, None, where) if messages else None
 
 
@@ -81,17 +100,17 @@ def _tokens(record: Mapping[str, Any], place: str, section: str, field: str, mas
     where = f"{section}.tokens_field: {place}"
     ids = _whole_numbers(record.get(field))
     if ids is None:
-        raise ValueError(f"{where} has no list of token ids under {field!r}{_instead(record, field)}")
+        raise BadRecord(f"{where} has no list of token ids under {field!r}{_instead(record, field)}")
     mask = None
     if mask_field is not None:
         mask = _whole_numbers(record.get(mask_field))
         if mask is None or not np.isin(mask, (0, 1)).all():
-            raise ValueError(
+            raise BadRecord(
                 f"{section}.mask_field: {place} has no list of 0 and 1 under {mask_field!r}"
                 + _instead(record, mask_field)
             )
         if len(mask) != len(ids):
-            raise ValueError(f"{section}.mask_field: {place} has {len(ids)} tokens and a mask of {len(mask)}")
+            raise BadRecord(f"{section}.mask_field: {place} has {len(ids)} tokens and a mask of {len(mask)}")
         mask = mask.astype(bool)
     return Document("tokens", ids, mask, where) if len(ids) else None
 

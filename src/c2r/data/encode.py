@@ -16,25 +16,52 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from c2r.config import DataConfig
-from c2r.data.document import Document
+from c2r.data.decoding import surrogate_in
+from c2r.data.document import BadRecord, Document
+from c2r.data.pieces import PIECE, Cuts, characters, pieces
 
 # What one task of a loader process holds at most.
 _DOCUMENTS, _CHARACTERS = 64, 200_000
 
 
 class Encoded(NamedTuple):
-    """Tokens of a document, EOS at the end where the tokenizer has one."""
+    """Tokens of a document or of a piece of one, EOS at the document's end where the tokenizer has one."""
 
     ids: np.ndarray
     """int32 `[n]`."""
     real: np.ndarray
     """bool `[n]`: tokens whose activations are used."""
+    more: bool = False
+    """Whether the document continues in the next piece."""
+    bad: str | None = None
+    """What is wrong with the record, which has no tokens then."""
 
 
 def special_ids(tokenizer: Any) -> set[int]:
     """BOS, EOS, padding and whatever else the tokenizer calls special."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+
+
+def bos_of(tokenizer: Any, prepend_bos: bool | None) -> int | None:
+    """The BOS that opens each row, as `data.prepend_bos` says; None: rows open with text.
+
+    Raises:
+        ValueError: `prepend_bos` is true and the tokenizer has no BOS.
+    """
+    bos = tokenizer.bos_token_id
+    if prepend_bos and bos is None:
+        raise ValueError("data.prepend_bos: got true, but the tokenizer has no BOS; use null or false")
+    return None if prepend_bos is False else bos
+
+
+def opens_with_bos(config: DataConfig, tokenizer: Any) -> bool:
+    """Whether rows get a BOS at their beginning, which SAE folders record as `prepend_bos`.
+
+    Raises:
+        ValueError: see `bos_of`.
+    """
+    return config.rows == "packed" and bos_of(tokenizer, config.prepend_bos) is not None
 
 
 class Encode:
@@ -45,11 +72,16 @@ class Encode:
         tokenizer: of the language model.
 
     Raises:
-        ValueError: `drop_tokens` that the tokenizer does not have, or chats for a tokenizer without a chat template.
+        ValueError: `drop_tokens` that the tokenizer does not have, chats for a tokenizer without a chat template, or
+            `prepend_bos` for one without BOS.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.bos = bos_of(tokenizer, config.prepend_bos) if opens_with_bos(config, tokenizer) else None
+        self.ends = config.rows == "packed"
+        self.parse_special_tokens = config.parse_special_tokens
+        self.cuts = Cuts(tokenizer, self.text_ids)
         vocabulary = tokenizer.get_vocab()
         self.size = max(vocabulary.values()) + 1
         for section, source in config.sections.items():
@@ -63,33 +95,85 @@ class Encode:
         self.real[sorted(special_ids(tokenizer) | dropped)] = False
 
     def __call__(self, document: Document) -> Encoded:
-        """Encode.
-
-        Raises:
-            ValueError: ids beyond the vocabulary, or messages that the chat template refuses.
-        """
-        ids, eos = self._ids(document), self.tokenizer.eos_token_id
-        real = self.real[ids]
+        """Encode; a record that cannot be used has no tokens, and says what is wrong."""
+        try:
+            if document.form == "bad":
+                raise BadRecord(document.content)
+            ids = self._ids(document)
+        except BadRecord as error:
+            if document.more or document.before:  # the rest of the document is in use
+                raise
+            return Encoded(np.zeros(0, np.int32), np.zeros(0, bool), bad=str(error))
+        real, eos = self.real[ids], self.tokenizer.eos_token_id
         if document.mask is not None:
             real &= document.mask
         # Chats and tokenised data may have an end of their own.
-        if eos is not None and (document.form == "text" or len(ids) == 0 or ids[-1] != eos):
-            ids, real = np.append(ids, np.asarray([eos], np.int32)), np.append(real, self.real[eos])
-        return Encoded(ids, real)
+        if self.ends and eos is not None and not document.more:
+            if document.form == "text" or len(ids) == 0 or ids[-1] != eos:
+                ids, real = np.append(ids, np.asarray([eos], np.int32)), np.append(real, self.real[eos])
+        return Encoded(ids, real, document.more)
+
+    def text_ids(self, text: str, parse_special_tokens: bool | None = None) -> list[int]:
+        """A text's tokens and no others."""
+        parse = self.parse_special_tokens if parse_special_tokens is None else parse_special_tokens
+        return text_ids(self.tokenizer, text, parse)
 
     def _ids(self, document: Document) -> np.ndarray:
         content = document.content
         if document.form == "tokens":
             if content.min() < 0 or content.max() >= self.size:
                 wrong = content[(content < 0) | (content >= self.size)][0]
-                raise ValueError(f"{document.where} has the id {wrong}; the tokenizer's are 0 to {self.size - 1}")
+                raise BadRecord(f"{document.where} has the id {wrong}; the tokenizer's are 0 to {self.size - 1}")
             return content.astype(np.int32)
         if document.form == "chat":
-            try:
-                content = self.tokenizer.apply_chat_template(content, tokenize=False)
-            except Exception as error:  # templates are programs, and raise what they like
-                raise ValueError(f"{document.where}: the chat template refuses the messages: {error}") from error
-        return np.asarray(self.tokenizer(content, add_special_tokens=False)["input_ids"], np.int32)
+            return self._chat(document)
+        _check_characters(content, document.where)
+        if document.before or len(content) <= 2 * PIECE:
+            return self._piece(document.before, content)
+        return np.concatenate(
+            [self._piece(piece.before, piece.text) for piece in pieces(characters(content), self.cuts)]
+        )
+
+    def _piece(self, before: str, text: str) -> np.ndarray:
+        """The tokens of a text that follows another."""
+        ids = self.text_ids(before + text)
+        if before:
+            known = self.text_ids(before)
+            if ids[: len(known)] != known:
+                raise RuntimeError(f"the tokenizer gives {before[-20:]!r} other tokens than before a long text was cut")
+            ids = ids[len(known) :]
+        return np.asarray(ids, np.int32)
+
+    def _chat(self, document: Document) -> np.ndarray:
+        """The tokens of rendered messages, without BOS at the beginning, since rows have their own."""
+        try:
+            text = self.tokenizer.apply_chat_template(document.content, tokenize=False)
+        except Exception as error:  # templates are programs, and raise what they like
+            raise BadRecord(f"{document.where}: the chat template refuses the messages: {error}") from error
+        _check_characters(text, document.where)
+        ids, bos = self.text_ids(text, True), self.tokenizer.bos_token_id
+        start = 0
+        while bos is not None and start < len(ids) and ids[start] == bos:
+            start += 1
+        return np.asarray(ids[start:], np.int32)
+
+
+def text_ids(tokenizer: Any, text: str | list[str], parse_special_tokens: bool = False) -> Any:
+    """A text's tokens, or those of several; special tokens spelled out in it are text, or, if asked for, tokens."""
+    return tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=not parse_special_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+
+
+def _check_characters(text: str, where: str) -> None:
+    fault = surrogate_in(text)
+    if fault is not None:
+        raise BadRecord(f"{where} holds {fault}")
 
 
 def _token_id(token: int | str, tokenizer: Any, vocabulary: dict[str, int], size: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -37,7 +38,7 @@ from c2r.data.cache import (
 from c2r.data.harvest import LanguageModel, load_language_model, pick_device
 from c2r.data.identify import Identity, files_of, identity_of
 from c2r.data.reader import CALIBRATION_TOKENS, LiveReader, Part, check_kept, live_reader, measure, usual
-from c2r.data.tokens import check_source
+from c2r.data.tokens import check_source, opens_with_bos
 from c2r.identity import differences
 from c2r.storage import Busy, cannot_write, held, read_held, record, sweep, write_text
 
@@ -87,6 +88,7 @@ def _fill(config: RunConfig, manifest: dict[str, Any] | None, verify: bool, cons
     lm = load_language_model(config.model, pick_device(config.train.device))
     dtype: torch.dtype = getattr(torch, origin_of(config)["cache"]["dtype"])
     reader, identity = live_reader(config, lm, dtype), identity_of(config.data, lm)
+    reader.skipped.say = lambda message: console.print(f"[yellow]{escape(message)}[/]", soft_wrap=True)
     if manifest is None:
         manifest = _new_manifest(config, lm, identity)
         write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n", "cache.path")
@@ -95,6 +97,8 @@ def _fill(config: RunConfig, manifest: dict[str, Any] | None, verify: bool, cons
         refuse_differences(config, differences(manifest["identity"], identity, "was", "is now"))
     reader.points = tuple(map(HookPoint.of, manifest["points"]))
     _extend(config, manifest, reader, _mend(folder, reader, verify, console), console)
+    if (report := reader.skipped.report) is not None:
+        console.print(f"[yellow]{report}[/]")
 
 
 def _said_complete(config: RunConfig, console: Console) -> bool:
@@ -115,6 +119,7 @@ def _say_nothing_to_do(folder: Path, kept: int, target: int, console: Console) -
 
 
 def _new_manifest(config: RunConfig, lm: LanguageModel, identity: Identity) -> dict[str, Any]:
+    assert isinstance(config.data, DataConfig)
     return {
         "format": FORMAT,
         "complete": False,
@@ -122,7 +127,7 @@ def _new_manifest(config: RunConfig, lm: LanguageModel, identity: Identity) -> d
         "identity": {**identity, "files": files_of(config.model)},
         "points": [point.name for point in config.points],
         "d_in": lm.d_in,
-        "prepend_bos": lm.tokenizer.bos_token_id is not None,
+        "prepend_bos": opens_with_bos(config.data, lm.tokenizer),
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from c2r.data.document import Read, as_document, fields_of
+from c2r.data.paths import expanded
 from c2r.data_config import TextSource
 from c2r.identity import of_files
 
@@ -126,6 +127,7 @@ def open_data_set(
     """
     import datasets
 
+    path = str(expanded(path)) if path.startswith("~") else path
     try:
         if not _saved(Path(path)):
             return datasets.load_dataset(path, name, split=split, revision=revision, streaming=streaming)

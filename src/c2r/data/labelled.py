@@ -15,8 +15,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from c2r.data.decoding import surrogate_in
 from c2r.data.files import jsonl_records
 from c2r.data.hub import hf_records
+from c2r.data.paths import matching
 from c2r.data.text import stdlib_sources
 
 MOST, LEAST, LABELS, READ = 500, 20, 10, 50_000
@@ -100,6 +102,8 @@ def _records(where: str, seed: int) -> Iterator[dict[str, str]]:
             raise ValueError(
                 f"{place}: expected 'text', a string, and 'label', a string or a whole number; found {record!s:.200}"
             )
+        if (fault := surrogate_in(text)) is not None:
+            raise ValueError(f"{place}: 'text' holds {fault}")
         if text.strip():
             yield {"text": text, "label": str(label)}
 
@@ -108,8 +112,7 @@ def _raw_records(where: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     if not where.endswith(".jsonl"):
         yield from ((where, record) for record in hf_records(where, "train", seed=seed))
         return
-    given = Path(where)
-    paths = sorted(Path(given.anchor or ".").glob(str(given.relative_to(given.anchor))))
+    paths = matching(where)
     if not paths:
         raise ValueError(f"no file matches {where!r}; give a .jsonl file or the id of a data set")
     for path in paths:

@@ -16,7 +16,7 @@ from c2r.config import DataConfig, HookPoint, RunConfig, StreamConfig
 from c2r.data.counting import counting_rules, counts_at_all
 from c2r.data.harvest import LanguageModel
 from c2r.data.shuffle import shuffled_rows
-from c2r.data.tokens import Rows, packed_rows
+from c2r.data.tokens import Rows, Skipped, packed_rows
 
 CALIBRATION_TOKENS = 65_536
 
@@ -69,6 +69,7 @@ class LiveReader:
         points: read in one forward pass.
         rows: rows from a position on, or from the beginning (None), as `shuffled_rows` gives them.
         dtype: what activations are rounded to; None leaves them as the model makes them.
+        skipped: counts records of the text that are skipped.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class LiveReader:
         points: Sequence[HookPoint],
         rows: Callable[[Any], Iterator[Rows]],
         dtype: torch.dtype | None = None,
+        skipped: Skipped | None = None,
     ) -> None:
         self.lm, self.points, self.rows, self.dtype = lm, points, rows, dtype
+        self.skipped = skipped or Skipped()
 
     def read(self, start: Any = None) -> Iterator[Part]:
         """See `Reader`.
@@ -127,11 +130,13 @@ def live_reader(config: RunConfig, lm: LanguageModel, dtype: torch.dtype | None 
     if positions is not None and data.context > positions:
         raise ValueError(f"data.context: got {data.context}; {config.model.name} reads at most {positions} tokens")
     settings: dict[str, Any] = {"seed": config.seed, "rows": config.stream.rows}
+    skipped = Skipped()
 
     def in_order(start: Any) -> Iterator[Rows]:
-        return packed_rows(data, lm.tokenizer, **settings, epochs=None, start=start)
+        return packed_rows(data, lm.tokenizer, **settings, epochs=None, start=start, skipped=skipped)
 
-    return LiveReader(lm, config.points, shuffled_rows(in_order, config.stream.text_tokens, **settings), dtype)
+    shuffled = shuffled_rows(in_order, config.stream.text_tokens, **settings)
+    return LiveReader(lm, config.points, shuffled, dtype, skipped)
 
 
 def _check_finite(part: Part) -> None:

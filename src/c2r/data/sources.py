@@ -10,7 +10,9 @@ from typing import Any
 from c2r.config import DataConfig
 from c2r.data.document import Document, Read, Reader
 from c2r.data.files import FileReader
+from c2r.data.heldout import HeldOut
 from c2r.data.hub import DataSetReader
+from c2r.data.pieces import Cuts
 from c2r.data.text import spelling_lists, stdlib_part, stdlib_sources
 from c2r.data_config import TextSource
 from c2r.identity import of_files
@@ -41,8 +43,8 @@ class StdlibReader:
 class Windows:
     """Another reader's documents, shuffled by the seed within windows of `size`.
 
-    A position is the reader's at the window's start, the window's number and how many documents of it were served, so
-    that going on reads one window again and no more.
+    A position is the reader's at the window's start, the window's number, how many documents of it were served, and
+    within a document its pieces that were, so that resuming reads one window again and no more.
     """
 
     def __init__(self, reader: Reader, size: int) -> None:
@@ -55,21 +57,29 @@ class Windows:
 
     def read(self, seed: int, start: Any = None) -> Read:
         """See `Reader`."""
-        at, number, served = start or (None, 0, 0)
+        at, number, served, done = (*(start or (None, 0, 0)), 0)[:4]
         source = self.reader.read(seed, at)
         while True:
-            window: list[Document] = []
+            window: list[list[Document]] = []
             after = None
             for document, position in source:
-                window.append(document)
-                if len(window) == self.size:
+                if document.before:
+                    window[-1].append(document)
+                else:
+                    window.append([document])
+                if len(window) == self.size and not document.more:
                     after = position()
                     break
             if not window:
                 return
             random.Random(f"{seed} {number}").shuffle(window)
-            for place, document in enumerate(window[served:], served + 1):
-                yield document, partial(list, (at, number, place))
+            for place, pieces in enumerate(window[served:], served):
+                for piece, document in enumerate(pieces[done:], done + 1):
+                    yield (
+                        document,
+                        partial(list, (at, number, place, piece) if document.more else (at, number, place + 1)),
+                    )
+                done = 0
             at, number, served = after, number + 1, 0
 
 
@@ -87,21 +97,43 @@ class SpellingLists:
             yield Document("text", text), partial(list, position)
 
 
-def open_reader(section: str, source: TextSource, held_out: bool = False) -> Reader:
+def open_reader(section: str, source: TextSource, held_out: bool = False, cuts: Cuts | None = None) -> Reader:
     """The reader of one source (no mixture).
 
-    `held_out` asks for text to evaluate on: for `stdlib` the files that neither the embedded model nor an SAE is
-    trained on. Other sources have no such part: it is the same text, and the caller has to say so.
+    Arguments:
+        section: where the source stands in the configuration.
+        source: the source.
+        held_out: text to evaluate on, which training leaves out. Of `stdlib`, files that the embedded model is not
+            trained on either; of other sources, the share `held_out`. See `held_out_kept` for sources that keep nothing.
+        cuts: where long text may be cut into pieces; None: nowhere.
 
     Raises:
         ValueError: missing files.
     """
     if source.source == "stdlib":
         return StdlibReader(held_out)
-    streamed = source.source == "hf" and source.streaming
-    reader = DataSetReader(section, source) if source.source == "hf" else FileReader(section, source)
-    window = source.shuffle_documents or (STREAM_WINDOW if streamed else 1)
+    reader = _split(section, source, held_out, cuts)
+    window = source.shuffle_documents or (STREAM_WINDOW if source.source == "hf" and source.streaming else 1)
     return reader if window == 1 else Windows(reader, window)
+
+
+def _split(section: str, source: TextSource, held_out: bool, cuts: Cuts | None = None) -> HeldOut:
+    """The reader of files or a data set, in two parts."""
+    if source.source == "hf":
+        return HeldOut(DataSetReader(section, source), source.held_out, held_out)
+    files = FileReader(section, source, cuts)
+    return HeldOut(files, source.held_out, held_out, files.openings)
+
+
+def held_out_kept(config: DataConfig) -> bool:
+    """Whether all sources keep a part from training, which `packed_rows(..., held_out=True)` then reads.
+
+    Raises:
+        ValueError: a source cannot be read.
+    """
+    return all(
+        source.source == "stdlib" or _split(section, source, True).kept for section, source in config.sections.items()
+    )
 
 
 def read_shard(reader: Reader, seed: int, shard: Shard = (0, 1), start: Any = None) -> Iterator[tuple[Document, Any]]:
@@ -110,21 +142,36 @@ def read_shard(reader: Reader, seed: int, shard: Shard = (0, 1), start: Any = No
     A position is the number of documents read, those of other shards counted, and the reader's own position.
     """
     index, count = shard
-    first, at = start or (0, None)
-    for number, (document, position) in enumerate(reader.read(seed, at), first):
-        if number % count == index:
-            yield document, [number + 1, position()]
+    number, at = start or (0, None)
+    for document, position in reader.read(seed, at):
+        mine = number % count == index
+        number += 0 if document.more else 1
+        if mine:
+            yield document, [number, position()]
 
 
 def check_source(config: DataConfig) -> None:
     """Find what is wrong with the source before a model is loaded.
 
     Raises:
-        ValueError: missing files, or a source whose every document is empty.
+        ValueError: missing files, a source whose every document is empty, or whose every record is bad.
     """
     for section, source in config.sections.items():
-        if next(open_reader(section, source).read(0), None) is None:
-            raise ValueError(no_text(section, source))
+        if source.source == "stdlib":
+            found = (document for document, _ in StdlibReader(False).read(0))
+        elif source.source == "hf":
+            found = (document for document, _ in DataSetReader(section, source).read(0))
+        else:
+            found = FileReader(section, source).openings()
+        bad = None
+        for document in found:
+            if document.form != "bad":
+                break
+            bad = bad or document.content
+        else:
+            raise ValueError(
+                no_text(section, source) + (f"; all records were skipped, the first: {bad}" if bad else "")
+            )
 
 
 def no_text(section: str, source: TextSource) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sysconfig
+import tokenize
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.resources import files
@@ -40,11 +41,27 @@ def stdlib_sources(seed: int = 0, held_out: bool | None = None, start: int = 0) 
 
     `held_out` picks the files that the embedded model never trained on (a list of names that ships with the package,
     one in twenty, so that another Python version holds out the same ones), the rest, or, when None, all.
+
+    Raises:
+        ValueError: a file cannot be read.
     """
     root, paths = Path(sysconfig.get_paths()["stdlib"]), stdlib_part(held_out)
     random.Random(seed).shuffle(paths)
     for path in paths[start:]:
-        yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8", errors="replace")
+        yield path.relative_to(root).as_posix(), _source(path)
+
+
+def _source(path: Path) -> str:
+    """A Python file's text in the encoding that it declares (PEP 263), or UTF-8.
+
+    Raises:
+        ValueError: it is not in that encoding, or cannot be read.
+    """
+    try:
+        with tokenize.open(path) as file:
+            return file.read()
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.source: 'stdlib' cannot read {path}: {error}") from error
 
 
 def stdlib_part(held_out: bool | None) -> list[Path]:

@@ -5,6 +5,7 @@ R rows · T positions in a context.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,19 +15,29 @@ import torch
 from torch import Tensor
 
 from c2r.config import DataConfig
-from c2r.data.encode import Encode, Encoded, Encoder, special_ids
-from c2r.data.mixture import MIXER_START, PART_START, Mixer, Part, Position
-from c2r.data.sources import Shard, SpellingLists, check_source, open_reader, read_shard
+from c2r.data.encode import Encode, Encoded, Encoder, bos_of, opens_with_bos, special_ids, text_ids
+from c2r.data.mixture import MIXER_START, PART_START, Mixer, Part, Position, Skipped
+from c2r.data.sources import Shard, SpellingLists, check_source, held_out_kept, open_reader, read_shard
 from c2r.data.text import vocabulary_words
 
-__all__ = ["Rows", "check_source", "packed_rows", "pass_of", "text_rows"]
+__all__ = [
+    "Rows",
+    "Skipped",
+    "bos_of",
+    "check_source",
+    "held_out_kept",
+    "opens_with_bos",
+    "packed_rows",
+    "pass_of",
+    "text_rows",
+]
 
 
 class Rows(NamedTuple):
     """A batch of packed rows."""
 
     ids: Tensor
-    """Token ids `[R, T]`; a row opens with BOS where the tokenizer has one, and the last may end in padding."""
+    """Token ids `[R, T]`; a row opens with BOS as `data.prepend_bos` says, and the last may end in padding."""
     real: Tensor
     """Bool `[R, T]`: tokens whose activations are used; neither padding nor any special token."""
     position: Position | None = None
@@ -44,11 +55,12 @@ def packed_rows(
     epochs: int | None = 1,
     start: Position | None = None,
     shard: Shard = (0, 1),
+    skipped: Skipped | None = None,
 ) -> Iterator[Rows]:
     """Batches of up to `rows` rows of `config.context` tokens.
 
     Documents are joined, EOS between them, and cut into rows; spelling lists come in between until they make up
-    `config.words` of the tokens. An epoch is one pass over the source, in an order of its own, its end padded; None
+    `config.words` of the tokens. With `config.rows: as_is` each document is a row instead, cut or padded. An epoch is one pass over the source, in an order of its own, its end padded; None
     goes on without end. The parts of a mixture make their passes each by itself; a mixture ends when every part has
     made `epochs` of them.
 
@@ -62,13 +74,16 @@ def packed_rows(
         start: position of earlier rows: goes on with exactly those, whatever `rows` was. Of what was read before
             nothing is tokenised again but the document that the first row begins in.
         shard: index and count of readers that share the documents.
+        skipped: counts records that are skipped.
 
     Raises:
         ValueError: the source has no text; it does not fit the tokenizer; `words` > 0 and the tokenizer knows too few
             whole words; or `start` is a position in other text.
     """
     encode = Encode(config, tokenizer)
-    readers = {section: open_reader(section, source, held_out) for section, source in config.sections.items()}
+    readers = {
+        section: open_reader(section, source, held_out, encode.cuts) for section, source in config.sections.items()
+    }
     lists = _spelling_lists(config, tokenizer)
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard: got {shard}; accepted are an index and a count, 0 ≤ index < count")
@@ -81,9 +96,11 @@ def packed_rows(
         encoder = Encoder(encode, config.workers)
         try:
             parts = [
-                Part(section, config.sections[section], reader, encoder, seed, shard, state)
+                Part(section, config.sections[section], reader, encoder, seed, shard, state, skipped)
                 for (section, reader), state in zip(readers.items(), at["parts"], strict=True)
             ]
+            if skipped is not None:
+                skipped.parts = parts
             spelling = None
             if lists is not None:  # evaluation sees other lists than training, as it sees other files
                 spelling = encoder.encoded(
@@ -93,7 +110,11 @@ def packed_rows(
             skip = start["skip"] if start else 0
             while epochs is None or any(part.passes < epochs for part in parts):
                 last = epochs if len(parts) > 1 else parts[0].passes + 1
-                yield from _cut(mixer.until(last), skip, encode, config.context, rows, text)
+                documents = mixer.until(last)
+                if config.rows == "as_is":
+                    yield from _as_is(documents, encode, config.context, rows, text)
+                else:
+                    yield from _cut(documents, skip, encode, config.context, rows, text)
                 mixer.reset()
                 skip = 0
         finally:
@@ -117,7 +138,7 @@ def _cut(
     text: Position,
 ) -> Iterator[Rows]:
     """Rows of the documents' tokens, without the `skip` first tokens of the first."""
-    bos, eos, pad = (getattr(encode.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+    bos = encode.bos
     opening = 0 if bos is None else 1
     room = context - opening
     held: deque[tuple[Position, Encoded]] = deque()
@@ -131,7 +152,7 @@ def _cut(
             return
         position = text | held[0][0] | {"skip": skip}
         shape = (-(-take // room), context)
-        ids = np.full(shape, next((i for i in (pad, eos, bos) if i is not None), 0), np.int64)
+        ids = np.full(shape, _filler(encode.tokenizer), np.int64)
         real = np.zeros(shape, bool)
         if bos is not None:
             ids[:, 0] = bos
@@ -156,20 +177,43 @@ def _cut(
         yield Rows(torch.from_numpy(ids), torch.from_numpy(real), position)
 
 
+def _as_is(
+    documents: Iterator[tuple[Position, Encoded]], encode: Encode, context: int, rows: int, text: Position
+) -> Iterator[Rows]:
+    """A document a row."""
+    while batch := list(itertools.islice(documents, rows)):
+        ids = np.full((len(batch), context), _filler(encode.tokenizer), np.int64)
+        real = np.zeros(ids.shape, bool)
+        for row, (_, encoded) in enumerate(batch):
+            size = min(len(encoded.ids), context)
+            ids[row, :size], real[row, :size] = encoded.ids[:size], encoded.real[:size]
+        yield Rows(torch.from_numpy(ids), torch.from_numpy(real), text | batch[0][0] | {"skip": 0})
+
+
+def _filler(tokenizer: Any) -> int:
+    """What fills up a row."""
+    named = (getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos"))
+    return next((index for index in named if index is not None), 0)
+
+
 def _check_start(text: Position, start: Position) -> None:
     for key, value in text.items():
         if start.get(key) != value:
             raise ValueError(f"data: cannot go on with the text: its {key} was {start.get(key)}, and is {value} now")
 
 
-def text_rows(texts: Sequence[str], tokenizer: Any, *, context: int, rows: int = 32) -> Iterator[Rows]:
-    """Batches of up to `rows` texts in their order, one a row: BOS if there is one, cut to `context`, then padding."""
-    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+def text_rows(
+    texts: Sequence[str], tokenizer: Any, *, context: int, rows: int = 32, prepend_bos: bool | None = None
+) -> Iterator[Rows]:
+    """Batches of up to `rows` texts in their order, one a row: BOS as `data.prepend_bos` has it, cut to `context`, then
+    padding.
+    """
+    bos = bos_of(tokenizer, prepend_bos)
     opening = [] if bos is None else [bos]
-    filler = next((i for i in (pad, eos, bos) if i is not None), 0)
+    filler = _filler(tokenizer)
     special = torch.tensor(sorted(special_ids(tokenizer)), dtype=torch.int64)
     for start in range(0, len(texts), rows):
-        found = tokenizer(list(texts[start : start + rows]), add_special_tokens=False)["input_ids"]
+        found = text_ids(tokenizer, list(texts[start : start + rows]))
         cut = [(opening + ids)[:context] for ids in found]
         length = max(1, *map(len, cut))
         ids = torch.tensor([row + [filler] * (length - len(row)) for row in cut])

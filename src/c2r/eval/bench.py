@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch import Tensor
 from c2r import __version__
 from c2r.config import DataConfig, ModelConfig
 from c2r.data.harvest import LanguageModel
-from c2r.data.tokens import Rows, packed_rows
+from c2r.data.tokens import Rows, Skipped, held_out_kept, packed_rows
 from c2r.eval.judge import JudgeConfig
 from c2r.eval.results import Metrics
 from c2r.identity import source_digest
@@ -165,11 +166,22 @@ class Bench:
         """The held-out text in batches of rows, until `tokens` real ones have passed."""
         size = max(1, min(16, _POSITIONS // self.data.context))
         seen = 0
-        for part in packed_rows(self.data, self.lm.tokenizer, seed=self.seed, held_out=True, rows=size):
+        settings: dict[str, Any] = {"seed": self.seed, "held_out": True, "rows": size, "skipped": self.skipped}
+        for part in packed_rows(self.data, self.lm.tokenizer, **settings):
             yield part
             seen += int(part.real.sum())
             if seen >= self.tokens:
                 return
+
+    @cached_property
+    def held_out(self) -> bool:
+        """Whether every source of the text keeps a part from training, which is the one that is read."""
+        return held_out_kept(self.data)
+
+    @cached_property
+    def skipped(self) -> Skipped:
+        """Records of the text that were skipped; the first is reported."""
+        return Skipped(lambda message: self.console.print(f"[yellow]{escape(message)}[/]", soft_wrap=True))
 
     @cached_property
     def activations(self) -> TextActivations:

@@ -22,6 +22,7 @@ from torch import Tensor
 from c2r.data.counting import Counting, LeftOut
 from c2r.data.harvest import LanguageModel
 from c2r.data.text import alphabetic_tokens
+from c2r.data.tokens import bos_of
 from c2r.eval.absorption import Labelled
 from c2r.eval.bench import Bench, progress_bar
 from c2r.eval.probes import LinearProbe, one_vs_rest_probe
@@ -131,8 +132,14 @@ def draw(words: Sequence[str], settings: FirstLetterSettings, seed: int) -> Draw
     return Draw(shuffled, train, groups)
 
 
-def token_rows(tokenizer: Any, words: dict[str, int], drawn: Draw, settings: FirstLetterSettings) -> list[list[int]]:
-    """Each word's prompt as token ids, BOS first where there is one, up to the position that is read.
+def token_rows(
+    tokenizer: Any,
+    words: dict[str, int],
+    drawn: Draw,
+    settings: FirstLetterSettings,
+    prepend_bos: bool | None = None,
+) -> list[list[int]]:
+    """Each word's prompt as token ids, BOS first as `data.prepend_bos` has it, up to the position that is read.
 
     Raises:
         ValueError: at that position stands another token than the word's.
@@ -151,7 +158,8 @@ def token_rows(tokenizer: Any, words: dict[str, int], drawn: Draw, settings: Fir
             f"{'nothing' if found is None else repr(tokenizer.decode([found]))} and not the token of "
             f"{drawn.words[wrong[0]]!r} (so for {len(wrong)} of {len(rows)} words); choose another position or template"
         )
-    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = bos_of(tokenizer, prepend_bos)
+    opening = [] if bos is None else [bos]
     return [opening + row[: len(row) + position + 1] for row in rows]
 
 
@@ -191,7 +199,7 @@ def collect(bench: Bench, words: dict[str, int], settings: FirstLetterSettings, 
         ValueError: see `draw` and `token_rows`.
     """
     drawn = draw(list(words), settings, seed)
-    rows = token_rows(bench.lm.tokenizer, words, drawn, settings)
+    rows = token_rows(bench.lm.tokenizer, words, drawn, settings, bench.data.prepend_bos)
     digest = hashlib.sha256(json.dumps([drawn.words, rows]).encode()).hexdigest()
     key: dict[str, Any] = {**bench.model_key, "words and ids": digest}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from c2r.config import set_value
+from c2r.config import set_values
 from c2r.data.counting import counting_of
 from c2r.eval.absorbed import AbsorptionSettings
 from c2r.eval.absorption import Absorption, ClassResult, absorption
@@ -48,8 +48,7 @@ def absorption_of(changes: Iterable[str]) -> AbsorptionEvaluation | None:
         ValueError: another section, an unknown key or a value that is refused; names it.
     """
     raw: dict[str, Any] = {}
-    for change in changes:
-        set_value(raw, change)
+    set_values(raw, changes)
     if unknown := set(raw) - {"absorption"}:
         raise ValueError(f"--set {min(unknown)}: unknown; accepted is absorption.…, for example absorption.seeds=5")
     try:

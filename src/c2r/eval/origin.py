@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from c2r.config import DataConfig, ModelConfig
+from c2r.data_config import text_to_evaluate
 
 _READING = ("context", "drop_tokens", "prepend_bos")
 """Keys of `data` that say how rows are read and which tokens count, whatever the text."""
@@ -41,7 +42,7 @@ def data_of(config: dict[str, Any], changes: dict[str, Any]) -> DataConfig:
     """The text that an SAE was trained on, or the standard library where its file does not say, with `changes`.
 
     A change of source keeps of the old one what belongs to how rows are read and which tokens count, not to the text:
-    `context`, `drop_tokens`, `prepend_bos`.
+    `context`, `drop_tokens`, `prepend_bos`. Of text that training did not read, nothing is held out.
 
     Raises:
         ValueError: the changes do not make a source.
@@ -51,7 +52,8 @@ def data_of(config: dict[str, Any], changes: dict[str, Any]) -> DataConfig:
     if "source" in changes:
         given = {key: given[key] for key in _READING if key in given}
     try:
-        return DataConfig.model_validate(given | changes)
+        trained, data = config["c2r"]["data"] if "c2r" in config else None, given | changes
+        return DataConfig.model_validate(data if "held_out" in changes else text_to_evaluate(data, trained))
     except ValidationError as error:
         raise ValueError("; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())) from None
 

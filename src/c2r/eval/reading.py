@@ -12,6 +12,7 @@ from torch import Tensor
 
 from c2r.eval.bench import TextActivations
 from c2r.eval.cofiring import Cofiring
+from c2r.eval.token_text import snippet
 
 PAIRS, SNIPPETS, BEFORE, AFTER = 10, 3, 12, 6
 """Pairs a list, snippets a latent, and tokens of text before and after the strongest one."""
@@ -59,8 +60,9 @@ def snippets(
         token = place if place_k is None else int(place_k[place])
         same = (text.row_n[max(0, token - BEFORE) : token + AFTER + 1] == text.row_n[token]).nonzero().squeeze(1)
         first, last = (max(0, token - BEFORE) + int(place) for place in (same[0], same[-1]))
-        parts = (text.ids_n[first:token], text.ids_n[token : token + 1], text.ids_n[token + 1 : last + 1])
-        before, at, after = (tokenizer.decode(ids.tolist()) for ids in parts)
+        row = (text.row_n == text.row_n[token]).nonzero().squeeze(1)
+        begin, ids = int(row[0]), text.ids_n[row[0] : row[-1] + 1].tolist()
+        before, at, after = snippet(tokenizer, ids, token - begin, first - begin, last - begin)
         found.append({"before": before, "token": at, "after": after, "activation": activation})
     return found
 

@@ -84,8 +84,8 @@ def evaluate(
         out: where result files go; None: `evaluations/` beside each SAE folder.
         suites: names in `SUITES` and `MODEL_FREE`.
         model: name of the language model; None: the one each SAE was trained on.
-        data: settings of the text (`DataConfig`) that replace those of training. For `stdlib` the held-out part is
-            read; other sources have none, which is said. SAEs of different text need a text named here.
+        data: settings of the text (`DataConfig`) that replace those of training. The part that training left
+            out is read, where there is one; else all, which is said. SAEs of different text need a text named here.
         tokens: real tokens to evaluate on.
         trust_remote_code: whether code that a model brings may run; an SAE's own word on that is not taken.
         cache: folder for activations; None: `$C2R_CACHE`, or `c2r` in the user's cache folder.
@@ -137,7 +137,7 @@ def evaluate(
         settings |= {
             "model": bench.model.model_dump(mode="json"),
             "data": bench.data.model_dump(mode="json"),
-            "held_out": bench.data.source == "stdlib",
+            "held_out": bench.held_out,
         }
         identity = identity_of(bench.data, bench.lm, held_out=True)
         for name, sae in saes.items():
@@ -232,9 +232,10 @@ def _bench(
         if sae.d_in != lm.d_in:
             raise ValueError(f"{name}: the SAE reads activations of width {sae.d_in}, the model's have {lm.d_in}")
     console.print(f"evaluating on {text.path or text.source}, rows of {text.context} tokens", highlight=False)
-    if text.source != "stdlib":
+    bench = Bench(lm, first, text, tokens, seed, cache, console)
+    if not bench.held_out:
         console.print("[yellow]this source keeps no part from training; the text may have been trained on[/]")
-    return Bench(lm, first, text, tokens, seed, cache, console)
+    return bench
 
 
 def _names(folders: list[Path]) -> dict[str, Path]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from c2r.eval.bench import TextActivations
+from c2r.eval.token_text import shown
 from c2r.sae.base import SAE
 
 MARKS = ("⟦", "⟧")
@@ -163,30 +163,23 @@ def pick(text: Text, tokens_K: np.ndarray, strength_K: np.ndarray, counts: Count
 
 def plain(tokenizer: Any, ids: Any) -> str:
     """The text of token ids, on one line."""
-    return _one_line(tokenizer.decode([int(i) for i in ids], clean_up_tokenization_spaces=False))
+    return _one_line(shown(tokenizer, ids).text)
 
 
 def marked(tokenizer: Any, ids: Any, active: Iterable[bool]) -> str:
     """The same with `MARKS` around runs of active tokens.
 
-    A character that is spread over several tokens belongs to the last of them, and is marked if any of them is active.
+    A character that is spread over several tokens is marked if any of them is active.
     """
-    ids = [int(i) for i in ids]
-    whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    starts = [tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False) for count in range(len(ids))]
-    # A character that is not complete yet comes out as U+FFFD.
-    ends = [*accumulate((min(len(start.rstrip("\ufffd")), len(whole)) for start in starts), max), len(whole)]
-    pieces = [whole[a:b] for a, b in pairwise(ends)]
-    text, inside, pending = "", False, False
-    for piece, fires in zip(pieces, active, strict=True):
-        pending |= bool(fires)
-        if not piece:
-            continue
-        if pending != inside:
-            text += MARKS[0] if pending else MARKS[1]
-            inside = pending
-        text, pending = text + piece, False
-    return _one_line(text + (MARKS[1] if inside else ""))
+    text, spans = shown(tokenizer, ids)
+    fires = np.zeros(len(text) + 2, bool)  # nothing fires before the first and after the last character
+    for (first, end), on in zip(spans, active, strict=True):
+        fires[first + 1 : end + 1] |= bool(on)
+    written, start = "", 0
+    for place in np.flatnonzero(fires[1:] != fires[:-1]):
+        written += text[start:place] + MARKS[int(fires[place])]
+        start = place
+    return _one_line(written + text[start:])
 
 
 def _one_line(text: str) -> str:

@@ -58,7 +58,7 @@ def _what(found: dict[str, Any]) -> str:
     """The SAE and the text, in a line."""
     sae, config = found["sae_cfg_dict"], found["eval_config"]
     model, text = config["model"], config["data"]
-    held_out = ", its held-out files" if config["held_out"] else ""
+    held_out = ", its held-out part" if config["held_out"] else ""
     return (
         f"{sae['architecture']}, {sae['d_sae']:,} latents on {model['name']}, block {model['layer']} {model['hook']}; "
         f"text: {text['path'] or text['source']}{held_out}{_unfinished(found)}"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from c2r.config import RunConfig
 from c2r.data.cache import CacheReader, open_cache, read_manifest
@@ -15,7 +16,7 @@ from c2r.data.harvest import load_language_model
 from c2r.data.identify import identity_of
 from c2r.data.reader import live_reader
 from c2r.data.stream import ActivationStream, SyntheticStream
-from c2r.data.tokens import check_source
+from c2r.data.tokens import Skipped, check_source, opens_with_bos
 from c2r.identity import ACTIVATIONS, versions
 from c2r.methods import SAEConfig
 from c2r.presets import SyntheticConfig
@@ -34,6 +35,8 @@ class Source(NamedTuple):
     """What SAELens keeps of an SAE's origin, all but the hook point."""
     identity: dict[str, Any]
     """What the activations are made of, by contents."""
+    skipped: Skipped = Skipped()
+    """Records of the text that were skipped."""
 
     def model_of(self, sae: SAEConfig) -> dict[str, Any] | None:
         """The language model's section of the configuration with the SAE's own hook point; None without a model."""
@@ -76,10 +79,13 @@ def open_source(config: RunConfig, device: torch.device, console: Console) -> So
     data = config.data
     if isinstance(data, SyntheticConfig):
         return _known_features(config, data, device, console)
+    skipped = Skipped()
     if config.cache is None:
         lm = load_language_model(config.model, device)
         identity = identity_of(data, lm)
-        reader, d_in, bos, where = live_reader(config, lm), lm.d_in, lm.tokenizer.bos_token_id is not None, "model"
+        reader, d_in, bos, where = live_reader(config, lm), lm.d_in, opens_with_bos(data, lm.tokenizer), "model"
+        skipped = reader.skipped
+        skipped.say = lambda message: console.print(f"[yellow]{escape(message)}[/]", soft_wrap=True)
     else:
         manifest = read_manifest(config.cache.path)
         assert manifest is not None  # which `check_data` has found
@@ -100,7 +106,7 @@ def open_source(config: RunConfig, device: torch.device, console: Console) -> So
         "dataset_path": data.path or data.source,
     }
     stream = ActivationStream(reader, config.stream, tokens=config.train.tokens, seed=config.seed, device=device)
-    return Source(config, stream, d_in, metadata, identity)
+    return Source(config, stream, d_in, metadata, identity, skipped)
 
 
 def _known_features(config: RunConfig, data: SyntheticConfig, device: torch.device, console: Console) -> Source:

@@ -137,6 +137,8 @@ def _train(config: RunConfig, checkpoint: Checkpoint | None, overwrite: bool, co
         return {run.config.name: save_run(run, config, source, console, tokens=at.tokens) for run in runs}
     finally:
         source.stream.close()
+        if (report := source.skipped.report) is not None:
+            console.print(f"[yellow]{report}[/]")
 
 
 def _begin(

@@ -1,0 +1,147 @@
+"""Bytes of files to text: by the byte order mark, else the configured encoding, else strict UTF-8; nothing is guessed."""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HEAD = 4096
+"""Bytes of a file that decide about its encoding."""
+_MARKS = (  # the marks of UTF-32 first: the little-endian one begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+# Names that stand for "with a byte order mark": without one, Python reads little-endian.
+_PLAIN = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le", "utf-32": "utf-32-le"}
+_BLOCK = 2**20
+
+
+class Codec(NamedTuple):
+    """How a file is decoded."""
+
+    name: str
+    """Python's name; never one that expects a byte order mark."""
+    begin: int
+    """Bytes of the byte order mark, which are no text."""
+
+    @property
+    def shown(self) -> str:
+        """The name as messages have it."""
+        return self.name.upper() if self.name.startswith("utf") else self.name
+
+
+def codec_of(head: bytes, encoding: str | None, section: str, path: Path) -> Codec:
+    """The codec of a file that begins with `head`.
+
+    Raises:
+        ValueError: no byte order mark, no `encoding` given, and zero bytes as UTF-16 or UTF-32 have them.
+    """
+    for mark, name in _MARKS:
+        if head.startswith(mark):
+            return Codec(name, len(mark))
+    if encoding is not None:
+        name = codecs.lookup(encoding).name
+        return Codec(_PLAIN.get(name, name), 0)
+    likely = _wide(head)
+    if likely is not None:
+        raise ValueError(
+            f"{section}.path: {path} is not UTF-8: it looks like {likely.upper()} without a byte order mark (a zero byte "
+            f"at offset {head.index(0)}); say what it is: {section}.encoding: {likely}, or utf-8 if it is that after all"
+        )
+    return Codec("utf-8", 0)
+
+
+def _wide(head: bytes) -> str | None:
+    """UTF-16 or UTF-32 if the zero bytes are where these have them, else None."""
+    zeros = [head[place::4].count(0) for place in range(4)]
+    total, units = sum(zeros), max(len(head) // 4, 1)
+    for name, high in (("utf-32-le", (2, 3)), ("utf-32-be", (0, 1))):
+        if len(head) >= 8 and min(zeros[place] for place in high) >= 0.9 * units:
+            return name
+    even, odd = zeros[0] + zeros[2], zeros[1] + zeros[3]
+    # A text in few letters beyond ASCII has zeros in blanks and line breaks alone; always in one half of each unit.
+    if total >= 2 and not (even and odd) and total >= (0.2 if total < 8 else 0.02) * len(head):
+        return "utf-16-le" if odd else "utf-16-be"
+    return None
+
+
+def open_text(path: Path, encoding: str | None, section: str) -> tuple[io.TextIOWrapper, Codec]:
+    """A text file, opened after its byte order mark; line ends are read as `\\n`.
+
+    Raises:
+        ValueError: see `codec_of`.
+        OSError: it cannot be opened.
+    """
+    file = path.open("rb")
+    try:
+        codec = codec_of(file.read(HEAD), encoding, section, path)
+        file.seek(codec.begin)
+    except BaseException:
+        file.close()
+        raise
+    return io.TextIOWrapper(file, encoding=codec.name, errors="strict", newline=None), codec
+
+
+def undecodable(codec: Codec, section: str, place: str, offset: int, byte: int) -> str:
+    """The message for bytes that are not of the encoding; `offset` counts the file's bytes from 0."""
+    return (
+        f"{section}.path: {place} is not {codec.shown}: byte 0x{byte:02x} at offset {offset:,}; if it is in another "
+        f"encoding, name it: {section}.encoding, for example cp1252 or utf-16-le"
+    )
+
+
+def fault_in(path: Path, codec: Codec, section: str) -> str:
+    """The message for the first bytes of a text file that are not of its encoding."""
+    decoder: Any = codecs.getincrementaldecoder(codec.name)("strict")
+    offset, line = codec.begin, 1
+    with path.open("rb") as file:
+        file.seek(offset)
+        while True:
+            block = file.read(_BLOCK)
+            pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                line += error.object[: error.start].decode(codec.name, "replace").count("\n")
+                byte = error.object[error.start]
+                return undecodable(codec, section, f"{path}:{line}", offset - pending + error.start, byte)
+            if not block:
+                return f"{section}.path: {path} is not {codec.shown}"
+            offset, line = offset + len(block), line + text.count("\n")
+
+
+def byte_lines(file: Any, codec: Codec) -> Iterator[bytes]:
+    """Lines of a binary file from where it stands, each with the bytes of its line break."""
+    end = "\n".encode(codec.name)
+    if end == b"\n":
+        yield from file
+        return
+    line = b""
+    while block := file.read(_BLOCK):
+        start, found = 0, max(0, len(line) - len(end) + 1)
+        line += block
+        while (found := line.find(end, found)) >= 0:
+            if (found - start) % len(end):  # the end of one character and the beginning of the next
+                found += 1
+                continue
+            found += len(end)
+            yield line[start:found]
+            start = found
+        line = line[start:]
+    if line:
+        yield line
+
+
+def surrogate_in(text: str) -> str | None:
+    """What is wrong with text that holds half of a surrogate pair, which is no character; None if nothing."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half of a surrogate pair ({ascii(text[error.start])[1:-1]}, no character) at character {error.start:,}"
+    return None
