@@ -258,4 +258,6 @@ def _fault(fault: Any) -> str:
     """One fault of pydantic's, as key, what is accepted and what was given."""
     said = re.sub(r" or instance of \w+", "", fault["msg"].removeprefix("Input should be "))
     given = repr(fault["input"])
-    return f"{'.'.join(map(str, fault['loc']))}: got {given if len(given) < 80 else given[:77] + '…'}; accepted is {said}"
+    return (
+        f"{'.'.join(map(str, fault['loc']))}: got {given if len(given) < 80 else given[:77] + '…'}; accepted is {said}"
+    )
