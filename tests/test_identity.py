@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import pytest
@@ -272,7 +272,7 @@ def test_a_data_set_on_the_hub_is_its_commit(monkeypatch: pytest.MonkeyPatch) ->
         hash = "builder"
 
         class config:
-            data_files = {"train": Files(["hf://datasets/user/set@x/a.parquet", "hf://datasets/user/set@x/b.parquet"])}
+            data_files: ClassVar = {"train": Files(["hf://datasets/set@x/a.parquet", "hf://datasets/set@x/b.parquet"])}
 
     monkeypatch.setattr(hub, "_origin_on_the_hub", hub._origin)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: Builder)

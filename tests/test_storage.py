@@ -51,7 +51,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     write_text(path, "nach ρ", "out")
     assert path.read_text(encoding="utf-8") == "nach ρ"
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="cannot write .*folder"):
+    with pytest.raises(ValueError, match=r"cannot write .*folder"):
         write_text(tmp_path / "folder", "x", "out")
     assert sorted(os.listdir(tmp_path)) == ["a.json", "folder"]
 
