@@ -31,9 +31,16 @@ def identity_of(data: DataConfig, lm: LanguageModel, *, held_out: bool = False) 
 
 
 def files_of(model: ModelConfig) -> dict[str, str]:
-    """Digests of the model's files on this machine, by name; none where it lies elsewhere."""
+    """Digests of the model's files on this machine, by name; none where it lies elsewhere.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
     folder = _folder_of(model)
-    return {} if folder is None else of_folder(folder)
+    try:
+        return {} if folder is None else of_folder(folder)
+    except OSError as error:
+        raise ValueError(f"model.name: {error.filename} cannot be read: {error.strerror}") from error
 
 
 def local_differences(recorded: Identity, config: RunConfig) -> list[str]:

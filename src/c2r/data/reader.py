@@ -188,9 +188,9 @@ def check_kept(read: int, kept: int, config: StreamConfig) -> None:
     """
     if read >= CALIBRATION_TOKENS and kept * 100 < read:
         raise ValueError(
-            f"stream.max_norm_multiple: got {config.max_norm_multiple}, and {read - kept:,} of the last {read:,} tokens "
-            "are outliers: their norms are that many times the median norm of the first tokens. Does the model emit "
-            "what it did then? null keeps all tokens"
+            f"stream.max_norm_multiple: got {config.max_norm_multiple}, and {read - kept:,} of the last {read:,} "
+            "tokens are outliers, with norms beyond that many times the median norm of the first tokens. Does the "
+            "model emit what it did then? null keeps all tokens"
         )
 
 
