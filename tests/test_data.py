@@ -116,7 +116,7 @@ def test_bad_files_are_named(name: str, content: str, says: str, tmp_path: Path)
 
 def test_text_of_special_tokens_alone_does_not_go_on_for_ever(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("<|end|>" * 50)
-    config = DataConfig(source="files", path=str(tmp_path / "a.txt"), context=8)
+    config = DataConfig(source="files", path=str(tmp_path / "a.txt"), context=8, parse_special_tokens=True)
     with pytest.raises(ValueError, match="nothing to train on"):
         list(packed_rows(config, tiny_tokenizer(), epochs=None))
 

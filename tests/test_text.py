@@ -221,7 +221,8 @@ def test_a_data_set_of_files_is_shuffled_as_a_whole(tmp_path: Path, monkeypatch:
     datasets.disable_progress_bars()
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl").write_text("".join(f'{{"text": "{number}"}}\n' for number in range(500)))
-    order = [int(text) for text in read_all(DataConfig(source="hf", path=str(tmp_path / "data"), streaming=False))]
+    config = DataConfig(source="hf", path=str(tmp_path / "data"), streaming=False, held_out=0)
+    order = [int(text) for text in read_all(config)]
     assert sorted(order) == list(range(500))
     assert max(order[:50]) > 400 > 100 > min(order[:50])
 

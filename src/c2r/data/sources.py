@@ -97,7 +97,13 @@ class SpellingLists:
             yield Document("text", text), partial(list, position)
 
 
-def open_reader(section: str, source: TextSource, held_out: bool = False, cuts: Cuts | None = None) -> Reader:
+def open_reader(
+    section: str,
+    source: TextSource,
+    held_out: bool = False,
+    cuts: Cuts | None = None,
+    kept: bool | None = None,
+) -> Reader:
     """The reader of one source (no mixture).
 
     Arguments:
@@ -106,6 +112,7 @@ def open_reader(section: str, source: TextSource, held_out: bool = False, cuts: 
         held_out: text to evaluate on, which training leaves out. Of `stdlib`, files that the embedded model is not
             trained on either; of other sources, the share `held_out`. See `held_out_kept` for sources that keep nothing.
         cuts: where long text may be cut into pieces; None: nowhere.
+        kept: whether the source keeps a part from training, if that is known; None looks.
 
     Raises:
         ValueError: missing files.
@@ -113,6 +120,8 @@ def open_reader(section: str, source: TextSource, held_out: bool = False, cuts: 
     if source.source == "stdlib":
         return StdlibReader(held_out)
     reader = _split(section, source, held_out, cuts)
+    if kept is not None:
+        reader.kept = kept
     window = source.shuffle_documents or (STREAM_WINDOW if source.source == "hf" and source.streaming else 1)
     return reader if window == 1 else Windows(reader, window)
 
@@ -125,15 +134,23 @@ def _split(section: str, source: TextSource, held_out: bool, cuts: Cuts | None =
     return HeldOut(files, source.held_out, held_out, files.openings)
 
 
+def keeps_part(reader: Reader) -> bool:
+    """Whether a reader's source keeps a part from training.
+
+    Raises:
+        ValueError: the source cannot be read.
+    """
+    reader = reader.reader if isinstance(reader, Windows) else reader
+    return reader.kept if isinstance(reader, HeldOut) else True
+
+
 def held_out_kept(config: DataConfig) -> bool:
     """Whether all sources keep a part from training, which `packed_rows(..., held_out=True)` then reads.
 
     Raises:
         ValueError: a source cannot be read.
     """
-    return all(
-        source.source == "stdlib" or _split(section, source, True).kept for section, source in config.sections.items()
-    )
+    return all(keeps_part(open_reader(section, source)) for section, source in config.sections.items())
 
 
 def read_shard(reader: Reader, seed: int, shard: Shard = (0, 1), start: Any = None) -> Iterator[tuple[Document, Any]]:

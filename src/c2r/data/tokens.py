@@ -17,7 +17,7 @@ from torch import Tensor
 from c2r.config import DataConfig
 from c2r.data.encode import Encode, Encoded, Encoder, bos_of, opens_with_bos, special_ids, text_ids
 from c2r.data.mixture import MIXER_START, PART_START, Mixer, Part, Position, Skipped
-from c2r.data.sources import Shard, SpellingLists, check_source, held_out_kept, open_reader, read_shard
+from c2r.data.sources import Shard, SpellingLists, check_source, held_out_kept, keeps_part, open_reader, read_shard
 from c2r.data.text import vocabulary_words
 
 __all__ = [
@@ -60,9 +60,9 @@ def packed_rows(
     """Batches of up to `rows` rows of `config.context` tokens.
 
     Documents are joined, EOS between them, and cut into rows; spelling lists come in between until they make up
-    `config.words` of the tokens. With `config.rows: as_is` each document is a row instead, cut or padded. An epoch is one pass over the source, in an order of its own, its end padded; None
-    goes on without end. The parts of a mixture make their passes each by itself; a mixture ends when every part has
-    made `epochs` of them.
+    `config.words` of the tokens. With `config.rows: as_is` each document is a row instead, cut or padded. An epoch is
+    one pass over the source, in an order of its own, its end padded; None goes on without end. The parts of a mixture
+    make their passes each by itself; a mixture ends when every part has made `epochs` of them.
 
     Arguments:
         config: the text.
@@ -81,17 +81,20 @@ def packed_rows(
             whole words; or `start` is a position in other text.
     """
     encode = Encode(config, tokenizer)
+    known = (start or {}).get("kept", [None] * len(config.sections))
     readers = {
-        section: open_reader(section, source, held_out, encode.cuts) for section, source in config.sections.items()
+        section: open_reader(section, source, held_out, encode.cuts, kept)
+        for (section, source), kept in zip(config.sections.items(), known, strict=False)
     }
     lists = _spelling_lists(config, tokenizer)
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard: got {shard}; accepted are an index and a count, 0 ≤ index < count")
 
     def read() -> Iterator[Rows]:
-        text = {"seed": seed, "shard": list(shard), "text": [reader.identity for reader in readers.values()]}
+        text: Position = {"seed": seed, "shard": list(shard), "text": [reader.identity for reader in readers.values()]}
         if start is not None:
             _check_start(text, start)
+        text["kept"] = [keeps_part(reader) for reader in readers.values()]
         at = start or {"parts": [PART_START] * len(readers), **MIXER_START}
         encoder = Encoder(encode, config.workers)
         try:
