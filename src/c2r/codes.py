@@ -192,7 +192,7 @@ def encode_at(
 
 
 def encode_all(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Pre-activations (x − b_dec)·W_enc + b_enc `[B, F]`, their product in `dtype` and its gradients in the weights' own.
+    """Pre-activations (x − b_dec)·W_enc + b_enc `[B, F]`, multiplied in `dtype`; gradients in that of the weights.
 
     `x_BD` is data: it gets no gradient. `b_dec_D` is None for an encoder that does not subtract it.
     """

@@ -102,11 +102,11 @@ class TrainConfig(Frozen):
     decay_from: Share = 0.8
     """Fraction of the steps from which the learning rate falls linearly to 0; 1 never."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the encoder's product and the lagged neighbour search; weights, gradients and optimiser are fp32 either way, and
-    so are the activations of methods that select (the top-k family always, the others while less than 3 % of the
+    """Of the encoder's product and the lagged neighbour search; weights, gradients and optimiser are fp32 either way,
+    and so are the activations of methods that select (the top-k family always, the others while less than 3 % of the
     activations fire). Where more fire, activations are the product's own, with bfloat16's rounding (2⁻⁹) if it is in
-    bfloat16. auto follows a rule on the processor's features (`c2r.machine`): bfloat16 on a GPU that has it, and on a CPU
-    with AMX or AVX-512's bf16. What was chosen is recorded in `cfg.json` (`c2r.machines`)."""
+    bfloat16. auto follows a rule on the processor's features (`c2r.machine`): bfloat16 on a GPU that has it, and on a
+    CPU with AMX or AVX-512's bf16. What was chosen is recorded in `cfg.json` (`c2r.machines`)."""
     selection: Literal["auto", "int8", "product"] = "auto"
     """How the batch-top-k methods find the candidates of a batch: among the values of the encoder's product, or by a
     product in int8 from whose candidates fp32 decides, which gives the set of an fp32 product. auto: int8 where

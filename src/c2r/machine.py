@@ -44,8 +44,8 @@ _ONEDNN_LIMITS = {
 _ATEN_LIMITS = {"default": frozenset[str](), "avx2": _AVX2 | {"avx_vnni"}}
 """The same for PyTorch's ATEN_CPU_CAPABILITY."""
 _FROM_WITH_BF16, _FROM_WITH_FP32 = 224, 96
-"""Latents per firing one from which int8 candidates pay. Next to a bf16 product 128 lost 7 % and 512 gained 11 %; next to
-an fp32 one int8 gains more (docs/performance.md)."""
+"""Latents per firing one from which int8 candidates pay. Next to a bf16 product 128 lost 7 % and 512 gained 11 %; next
+to an fp32 product int8 gains more (docs/performance.md)."""
 
 
 def fast_dtype(features: Iterable[str]) -> torch.dtype:

@@ -140,6 +140,7 @@ def _target_l0(run: Run[Any], forward: Forward) -> Tensor:
     threshold_F: Any = run.sae.threshold
     encoded, bandwidth = forward.encoded, run.config.bandwidth
     if run.config.l0_gradient == "paper":
+        assert encoded.pre is not None
         l0 = soft_l0(encoded.pre, threshold_F, bandwidth)
     else:
         l0 = published_soft_l0(encoded.acts, threshold_F, bandwidth)

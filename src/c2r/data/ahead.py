@@ -22,8 +22,8 @@ class Ahead(Generic[Item]):
         parts: makes the iterator; called in the thread.
         tokens: the bound.
         name: of the thread.
-        start: whether the thread begins at once. An owner that must be able to stop it whatever happens keeps the object
-            first and calls `start` then: a signal may come between the two.
+        start: whether the thread begins at once. An owner that must be able to stop it whatever happens first keeps the
+            object and then calls `start`: a signal may come between the two.
     """
 
     def __init__(

@@ -29,8 +29,8 @@ def margin_of(config: SAEConfig, d_in: int) -> float:
     if floor >= 1:
         raise ValueError(
             f"saes.{config.name}.c2r.margin: got 'floor', which is √(2 ln F / D) = "
-            f"{math.sqrt(2 * math.log(config.width) / d_in):.2f} at F = {config.width} latents and D = {d_in}; no cosine "
-            "exceeds 1, so C²R would never act. Accepted here are numbers from 0, the paper's, to below 1"
+            f"{math.sqrt(2 * math.log(config.width) / d_in):.2f} at F = {config.width} latents and D = {d_in}; no "
+            "cosine exceeds 1, so C²R would never act. Accepted here are numbers from 0, the paper's, to below 1"
         )
     return floor
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,25 +80,19 @@ def restored(state: dict[str, Any], device: torch.device) -> Precision:
     return Precision(getattr(torch, state["product"]), int8)
 
 
-def precision_lines(names: Sequence[str], now: Sequence[Precision], began: Sequence[dict[str, Any]] = ()) -> list[str]:
+def precision_lines(now: dict[str, Precision], began: dict[str, dict[str, Any]]) -> list[str]:
     """What to show of the SAEs' precisions: a line for each that differs, and one for what could not be continued.
 
     Arguments:
-        names: of the SAEs.
-        now: what each trains in.
+        now: what each SAE trains in, by name.
         began: on resuming, each one's checkpoint state.
     """
     saes: dict[str, list[str]] = {}
-    for name, precision in zip(names, now, strict=True):
-        found = precision.record
-        text = f"encoder product in {found['precision']}" + (", candidates by int8" if precision.int8 else "")
-        saes.setdefault(text, []).append(name)
+    for name, precision in now.items():
+        text = f"encoder product in {precision.record['precision']}"
+        saes.setdefault(text + ", candidates by int8" * precision.int8, []).append(name)
     lines = [text if len(saes) == 1 else f"{text}: {', '.join(group)}" for text, group in saes.items()]
-    lost = [
-        name
-        for name, precision, state in zip(names, now, began, strict=False)
-        if state.get("coarse", False) and not precision.int8
-    ]
+    lost = [name for name, state in began.items() if state.get("coarse", False) and not now[name].int8]
     if lost:
         lines.append(
             f"{', '.join(lost)}: began with candidates by int8, which this machine does not have; from here on the "

@@ -156,10 +156,11 @@ def _begin(
         stream.load_state_dict(state["stream"])
     scale = {sae.name: stream.scale[config.point(sae)] for sae in config.saes}
     runs = [_new_run(sae, starts[sae.name], config, source.d_in, scale[sae.name], device) for sae in config.saes]
-    for run in runs if state is not None else ():
-        run.load_state_dict(state["saes"][run.config.name])
-    began = [] if state is None else [state["saes"][run.config.name] for run in runs]
-    for line in precision_lines([run.config.name for run in runs], [run.precision for run in runs], began):
+    began = {} if state is None else state["saes"]
+    for run in runs:
+        if run.config.name in began:
+            run.load_state_dict(began[run.config.name])
+    for line in precision_lines({run.config.name: run.precision for run in runs}, began):
         console.print(escape(line), soft_wrap=True)
     if state is None:
         return _Progress(stream.state_dict()), runs
