@@ -1,6 +1,6 @@
 """Core evaluation: time and memory, and how many times faster than whole passes with whole logits, in one run.
 
-    python benchmarks/core.py                                       a random Llama of SmolLM2-135M's shape, random tokens
+    python benchmarks/core.py                                       random Llama of SmolLM2-135M's shape, random tokens
     python benchmarks/core.py --model FOLDER --text FILE.jsonl      a real one
 
 SAEs have random directions and one threshold that gives them an L0 of about 64. Whole passes are timed on the first

@@ -1,4 +1,4 @@
-"""Passes from the hook on, with the head on pieces, against the model's own whole passes; and what is computed how often."""
+"""Passes from the hook on, with the head on pieces, against whole passes; and how often each part is computed."""
 
 from collections import Counter
 from typing import Any
