@@ -16,6 +16,7 @@ from torch import Tensor
 
 from c2r.config import HookPoint, RunConfig
 from c2r.data.harvest import pick_device
+from c2r.data.look import say_looks
 from c2r.data.reader import BrokenActivations
 from c2r.methods import SAEConfig
 from c2r.sae.base import SAE
@@ -100,6 +101,9 @@ def _train(config: RunConfig, checkpoint: Checkpoint | None, overwrite: bool, co
     try:
         check_room(config, source.d_in, device)
         at, runs = _begin(config, checkpoint, source, starts, device)
+        if checkpoint is None:
+            looks = {point.name: look for point, look in source.stream.look.items()}
+            say_looks(looks, config.stream.max_norm_multiple, console)
         check_disk(config, runs)
         prepare_output(config, overwrite=overwrite)
         checkpoints, trackers = Checkpoints(config.output, config.train), open_trackers(config, at.step)
