@@ -48,6 +48,11 @@ class CacheReader:
         self.folder, self.points, self.seed = folder, points, seed
         self.shards = read_shards(folder)
 
+    def decode(self, token: int) -> str | None:
+        """The text of a token, where the harvest wrote it down for having a large norm."""
+        looks = (read_manifest(self.folder) or {}).get("look", {})
+        return {sink["id"]: sink["text"] for look in looks.values() for sink in look["sinks"]}.get(token)
+
     def read(self, start: Any = None) -> Iterator[Part]:
         """See `Reader`.
 

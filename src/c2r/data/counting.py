@@ -68,8 +68,8 @@ class LeftOut(NamedTuple):
         else:
             than = f"a norm above {limit:.4g}" if not median else f"more than {limit / median:.3g} × the median norm"
         return (
-            f"{self.outliers:,} of {self.tokens:,} {self.unit} ({self.outliers / max(1, self.tokens):.2%}) have {than}, "
-            "which training left out; they are left out here too"
+            f"{self.outliers:,} of {self.tokens:,} {self.unit} ({self.outliers / max(1, self.tokens):.2%}) have {than} "
+            "and are left out, as in training"
         )
 
 

@@ -37,6 +37,7 @@ from c2r.data.cache import (
 )
 from c2r.data.harvest import LanguageModel, load_language_model, pick_device
 from c2r.data.identify import Identity, files_of, identity_of
+from c2r.data.look import say_looks
 from c2r.data.reader import CALIBRATION_TOKENS, LiveReader, Part, check_kept, live_reader, measure, usual
 from c2r.data.tokens import check_source, opens_with_bos
 from c2r.identity import differences
@@ -175,7 +176,8 @@ def _extend(
     try:
         parts: Iterator[Part] = iter(ahead.take, None)
         if "median_norm" not in manifest:
-            first = _measured(config, manifest, parts, target)
+            first = _measured(config, manifest, reader, parts, target)
+            say_looks(manifest["look"], config.stream.max_norm_multiple, console)
             parts = itertools.chain(first, parts)
             _record(config, manifest, shards, kept, complete=False)
         pending: list[Part] = []
@@ -202,12 +204,14 @@ def _extend(
     console.print(f"{kept:,} tokens in {len(shards)} shards", soft_wrap=True)
 
 
-def _measured(config: RunConfig, manifest: dict[str, Any], parts: Iterator[Part], target: int) -> list[Part]:
+def _measured(
+    config: RunConfig, manifest: dict[str, Any], reader: LiveReader, parts: Iterator[Part], target: int
+) -> list[Part]:
     """Enter into the manifest what a stream measures on its first tokens; returns the parts that were read for it."""
     wanted, first = min(CALIBRATION_TOKENS, config.stream.buffer_tokens, target), []
     while sum(map(len, first)) < wanted and (part := next(parts, None)) is not None:
         first.append(part)
-    for name, values in measure(first, wanted, config.stream)._asdict().items():
+    for name, values in measure(first, wanted, config.stream, reader.decode)._asdict().items():
         manifest[name] = {point.name: value for point, value in values.items()}
     return first
 

@@ -5,8 +5,10 @@ n tokens of a part · D width of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from c2r.config import DataConfig, HookPoint, RunConfig, StreamConfig
 from c2r.data.counting import counting_rules, counts_at_all
 from c2r.data.harvest import LanguageModel
+from c2r.data.look import Decode, look_at, none_known
 from c2r.data.shuffle import shuffled_rows
 from c2r.data.tokens import Rows, Skipped, packed_rows
 
@@ -82,6 +85,10 @@ class LiveReader:
     ) -> None:
         self.lm, self.points, self.rows, self.dtype = lm, points, rows, dtype
         self.skipped = skipped or Skipped()
+
+    def decode(self, token: int) -> str:
+        """The text of a token."""
+        return self.lm.tokenizer.decode([token])
 
     def read(self, start: Any = None) -> Iterator[Part]:
         """See `Reader`.
@@ -160,10 +167,12 @@ class Measured(NamedTuple):
     median_norm: dict[HookPoint, float]
     scale: dict[HookPoint, float]
     """√(mean ‖x‖²) over the tokens that stay."""
+    look: Mapping[HookPoint, dict[str, Any]] = MappingProxyType({})
+    """What the activations look like (`c2r.data.look.Look`), as JSON holds it."""
 
 
-def measure(parts: Sequence[Part], tokens: int, config: StreamConfig) -> Measured:
-    """Median norm and scale at each hook point over the first `tokens` tokens of `parts`.
+def measure(parts: Sequence[Part], tokens: int, config: StreamConfig, decode: Decode = none_known) -> Measured:
+    """Median norm, scale and look at each hook point over the first `tokens` tokens of `parts`.
 
     Raises:
         ValueError: no token, or activations that are all zero.
@@ -177,7 +186,22 @@ def measure(parts: Sequence[Part], tokens: int, config: StreamConfig) -> Measure
     for point, value in scale.items():
         if not 0 < value < float("inf"):
             raise ValueError(f"model: activations at {point.name} have mean square norm {value}; nothing to scale")
-    return Measured(median, scale)
+    ids_n = torch.cat([part.ids for part in parts])[:tokens]
+    look = {
+        point: look_at(norms_n, keep_n, ids_n, partial(_rows_of, parts, point), decode)._asdict()
+        for point, norms_n in norms.items()
+    }
+    return Measured(median, scale, look)
+
+
+def _rows_of(parts: Sequence[Part], point: HookPoint, place_m: Tensor) -> Tensor:
+    """Activations `[m, D]` of the tokens at these places, which rise, counted over all parts."""
+    found, begin = [], 0
+    for part in parts:
+        mine_m = (place_m >= begin) & (place_m < begin + len(part))
+        found.append(part.x[point][place_m[mine_m] - begin])
+        begin += len(part)
+    return torch.cat(found)
 
 
 def check_kept(read: int, kept: int, config: StreamConfig) -> None:

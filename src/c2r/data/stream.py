@@ -5,7 +5,7 @@ B tokens in a batch · D width of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from c2r.config import HookPoint, ModelConfig, StreamConfig
 from c2r.data.ahead import Ahead
+from c2r.data.look import Decode, none_known
 from c2r.data.reader import CALIBRATION_TOKENS, Measured, Reader
 from c2r.data.synthetic import KnownFeatures
 from c2r.data.windows import Prepared, Windows
@@ -40,6 +41,7 @@ class ActivationStream:
         tokens: activations that will be served in all; the last window ends there. None: no end.
         seed: of the shuffle.
         device: where batches are delivered.
+        decode: the text of a token, for what is said of the activations.
     """
 
     def __init__(
@@ -50,10 +52,11 @@ class ActivationStream:
         tokens: int | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
+        decode: Decode = none_known,
     ) -> None:
         self.device = device
         pinned = torch.device(device).type == "cuda"
-        self._windows_from = partial(Windows, reader, config, tokens, seed, pinned=pinned)
+        self._windows_from = partial(Windows, reader, config, tokens, seed, pinned=pinned, decode=decode)
         self._preparing: Ahead[Prepared] | None = None
         self._ending: list[Ahead[Any]] = []
         self._stand({"window": 0, "served": 0, "position": None, "skip": 0, "dropped": 0}, None)
@@ -71,6 +74,11 @@ class ActivationStream:
     def median_norm(self) -> dict[HookPoint, float]:
         """Median norm of the first tokens, before scaling."""
         return self._windows.measure().median_norm
+
+    @property
+    def look(self) -> Mapping[HookPoint, dict[str, Any]]:
+        """What the first tokens look like at each hook point; see `c2r.data.look.Look`."""
+        return self._windows.measure().look
 
     @property
     def dropped(self) -> int:
@@ -124,6 +132,7 @@ class ActivationStream:
             measured = Measured(
                 {point: state["median_norm"][name] for point, name in points.items()},
                 {point: state["scale"][name] for point, name in points.items()},
+                {point: state["look"][name] for point, name in points.items() if name in state.get("look", {})},
             )
         self._stand(state, measured)
 
@@ -166,7 +175,8 @@ class ActivationStream:
 class SyntheticStream:
     """Batches of known features' activations, divided by `scale` = √(mean ‖x‖²), which is measured once.
 
-    The same face as `ActivationStream`. What is served depends on the seed and not on the size of batches.
+    The same face as `ActivationStream`; nothing is dropped. What is served depends on the seed and not on the size of
+    batches.
 
     Arguments:
         features: what to draw from.
@@ -182,6 +192,7 @@ class SyntheticStream:
         if not 0 < scale < float("inf"):
             raise ValueError(f"data: the activations have mean square norm {scale}; nothing to scale")
         self.scale, self.median_norm = {KNOWN: scale}, {KNOWN: norms_N.median().item()}
+        self.look: Mapping[HookPoint, dict[str, Any]] = {}
         self._draw(0)
 
     def batches(self, batch: int, tokens: int) -> Iterator[dict[HookPoint, Tensor]]:

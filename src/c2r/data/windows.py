@@ -19,6 +19,7 @@ from torch import Tensor
 
 from c2r.config import HookPoint, StreamConfig
 from c2r.data.ahead import Ahead
+from c2r.data.look import Decode, none_known
 from c2r.data.reader import CALIBRATION_TOKENS, Measured, Part, Reader, check_kept, measure, usual
 from c2r.data.shuffle import permutation
 
@@ -83,6 +84,7 @@ class Windows:
         begun: the place: number of the `window`, how many of it are not to be `served` again, and `Window.start`.
         measured: what is known of the activations; None measures it.
         pinned: whether batches are in memory that a GPU can read by itself.
+        decode: the text of a token, for what is said of the activations.
     """
 
     def __init__(
@@ -95,7 +97,9 @@ class Windows:
         measured: Measured | None,
         *,
         pinned: bool = False,
+        decode: Decode = none_known,
     ) -> None:
+        self.decode = decode
         self.reader, self.config, self.tokens, self.seed = reader, config, tokens, seed
         self.begun, self.measured, self.pinned = begun, measured, pinned
         self.reading: Ahead[Part] | None = None
@@ -124,7 +128,7 @@ class Windows:
             wanted = min(CALIBRATION_TOKENS, self._size_of(0))
             while sum(map(len, self._raw)) < wanted and (part := self._ahead().take()) is not None:
                 self._raw.append(part)
-            self.measured = measure(self._raw, wanted, self.config)
+            self.measured = measure(self._raw, wanted, self.config, self.decode)
         return self.measured
 
     def batches(self, batch: int, tokens: int) -> Iterator[Prepared]:

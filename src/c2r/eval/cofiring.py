@@ -2,8 +2,9 @@
 
 The nearest-neighbour cosine is what C²R minimises: it is shown, and it is no evidence. Co-firing reads the pair's
 behaviour: a high cosine with φ ≤ 0 looks like one feature split over two latents, with φ > 0 like a duplicate. Its mean
-over nearest neighbours is moved by C²R too: where rows are pushed apart the nearest neighbour is further away, and pairs
-that are further apart fire together less. `Cofiring.at_cosine` picks pairs at one cosine in every dictionary instead.
+over nearest neighbours is moved by C²R too: where rows are pushed apart the nearest neighbour is further away, and
+pairs that are further apart fire together less. `Cofiring.at_cosine` picks pairs at one cosine in every dictionary
+instead.
 
 A alive latents · D width of the activations · F latents · N non-zeros · n tokens · P pairs.
 """

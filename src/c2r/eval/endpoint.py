@@ -74,8 +74,8 @@ class Endpoint:
         if self._key and not (here or key_in_clear or urlsplit(address).scheme == "https"):
             raise ValueError(
                 f"judge url: {address} is http, and the key in the environment would be sent to another machine in "
-                f"clear; accepted are https, or http on this machine. Unset {KEY} if the endpoint needs no key, or allow "
-                "it with key_in_clear"
+                f"clear; accepted are https, or http on this machine. Unset {KEY} if the endpoint needs no key, or "
+                "allow it with key_in_clear"
             )
         self._stop, self._lock, self._reason = threading.Event(), threading.Lock(), ""
         handlers: list[Any] = [_NoRedirect]

@@ -77,13 +77,13 @@ ROWS = (
     Row("max_cos_share_over_0_7", "share above 0.7 *", ".4f"),
 )
 NOTE = (
-    "* C²R moves this by construction, so it is no evidence that C²R works: pushing decoder rows apart lowers the cosine "
-    "of nearest neighbours, with it their co-firing (pairs that are further apart fire together less), and what rows "
-    "share, which is all that a meta-SAE can explain."
+    "* C²R moves this by construction, so it is no evidence that C²R works: pushing decoder rows apart lowers the "
+    "cosine of nearest neighbours, with it their co-firing (pairs that are further apart fire together less), and what "
+    "rows share, which is all that a meta-SAE can explain."
 )
 FLOOR_NOTE = (
-    "As many random directions as there are alive latents have a nearest-neighbour cosine of about {floor} (√(2 ln F / D), "
-    "F the alive latents)."
+    "As many random directions as there are alive latents, F, have a nearest-neighbour cosine of about {floor} "
+    "(√(2 ln F / D))."
 )
 MATCHED_NOTE = (
     "‡ in every SAE the pairs of latents whose cosine is nearest to {cosine:.3f}, the lowest mean nearest-neighbour "

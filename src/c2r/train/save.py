@@ -36,6 +36,7 @@ def save_run(
     multiple = None if isinstance(config.data, SyntheticConfig) else config.stream.max_norm_multiple
     state = {"tokens": tokens, "stopped": stopped, "scale": scale, "median_norm": median_norm}
     state["max_norm"] = None if multiple is None else median_norm * multiple  # see `c2r.data.counting`
+    state["look"] = source.stream.look.get(point)
     ours = {
         "model": source.model_of(run.config),
         "seed": config.seed,

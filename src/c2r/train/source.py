@@ -105,7 +105,9 @@ def open_source(config: RunConfig, device: torch.device, console: Console) -> So
         "prepend_bos": bos,
         "dataset_path": data.path or data.source,
     }
-    stream = ActivationStream(reader, config.stream, tokens=config.train.tokens, seed=config.seed, device=device)
+    stream = ActivationStream(
+        reader, config.stream, tokens=config.train.tokens, seed=config.seed, device=device, decode=reader.decode
+    )
     return Source(config, stream, d_in, metadata, identity, skipped)
 
 

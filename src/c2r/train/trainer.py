@@ -17,6 +17,7 @@ from torch import Tensor
 
 from c2r.config import HookPoint, RunConfig
 from c2r.data.harvest import pick_device
+from c2r.data.look import say_looks
 from c2r.data.reader import BrokenActivations
 from c2r.identity import differences
 from c2r.methods import SAEConfig
@@ -110,6 +111,9 @@ def _train(config: RunConfig, checkpoint: Checkpoint | None, overwrite: bool, co
         for sae in config.saes:
             margin_of(sae, source.d_in)
         at, runs = _begin(config, checkpoint, source, starts, device, console)
+        if checkpoint is None:
+            looks = {point.name: look for point, look in source.stream.look.items()}
+            say_looks(looks, config.stream.max_norm_multiple, console)
         check_disk(config, runs)
         prepare_output(config, overwrite=overwrite, console=console)
         checkpoints, trackers = Checkpoints(config.output, config.train), open_trackers(config, at.step)

@@ -1,0 +1,161 @@
+"""What activations look like before anything is trained on them: norms, large tokens that stay, where variance lies.
+
+In many language models a few tokens, attention sinks, have norms far above the rest. A filter at 10 median norms keeps
+most of them; a handful then holds much of the squared norm and of the variance, and an SAE spends its first steps, and
+some of its latents, on them. The numbers here say so before training begins, and what to set.
+
+n tokens · k tokens that are kept · D width of the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from torch import Tensor
+
+LARGE = 3.0
+"""Median norms above which a kept token is called large."""
+MUCH, FEW = 0.1, 0.02
+"""Large tokens matter if they hold this share of the squared norm, and can be left out if they are at most this share
+of the tokens."""
+MULTIPLES = (2, 5, 10)
+SAMPLE = 16_384
+"""Most tokens from which variances are taken."""
+_NAMED, _BLOCK, _ROUNDS = 5, 8, 6
+Decode = Callable[[int], str | None]
+"""The text of a token, or None where it is not known."""
+
+
+def none_known(_: int) -> None:
+    """Where no tokenizer is at hand."""
+
+
+class Look(NamedTuple):
+    """Activations at one hook point. Shares of variance are about the mean of the tokens that they are taken over."""
+
+    tokens: int
+    median_norm: float
+    largest: float
+    """Largest norm, in median norms."""
+    share_over: dict[str, float]
+    """Share of all tokens with more than so many median norms."""
+    share_dropped: float
+    """Share of all tokens that the filter leaves out, at this hook point or another of the run."""
+    large_share: float
+    """Share of the kept tokens that are large: more than `LARGE` median norms."""
+    large_square: float
+    """Share of the kept tokens' squared norm that the large ones hold."""
+    first_direction: float
+    """Share of the kept tokens' variance in their first principal direction."""
+    first_direction_without: float
+    """The same without the large tokens."""
+    top_coordinate: float
+    """Share of the kept tokens' variance in the one coordinate that has most of it."""
+    sinks: list[dict[str, Any]]
+    """The most frequent large tokens, most frequent first: `id`, `count`, and `text` (None where it is not known)."""
+
+
+def look_at(
+    norms_n: Tensor, keep_n: Tensor, ids_n: Tensor, rows_of: Callable[[Tensor], Tensor], decode: Decode = none_known
+) -> Look:
+    """Describe the activations at one hook point.
+
+    Arguments:
+        norms_n: fp32 `[n]`, in the model's units.
+        keep_n: bool, tokens that training keeps; one at least.
+        ids_n: token ids.
+        rows_of: activations `[m, D]` of the tokens at these places `[m]`.
+    """
+    median = norms_n.median().item()
+    kept_k = keep_n.nonzero().squeeze(1)
+    large_n = keep_n & (norms_n > LARGE * median)
+    squares_n = norms_n.double().square()
+    place_m = kept_k[:: -(-len(kept_k) // SAMPLE)]
+    x_mD = rows_of(place_m).float()
+    variance_D = x_mD.double().var(0, unbiased=False)
+    return Look(
+        tokens=len(norms_n),
+        median_norm=median,
+        largest=norms_n.max().item() / median,
+        share_over={str(times): _share(norms_n > times * median) for times in MULTIPLES},
+        share_dropped=_share(~keep_n),
+        large_share=int(large_n.sum()) / len(kept_k),
+        large_square=(squares_n[large_n].sum() / squares_n[kept_k].sum()).item(),
+        first_direction=first_direction_share(x_mD),
+        first_direction_without=first_direction_share(x_mD[~large_n[place_m]]),
+        top_coordinate=(variance_D.max() / variance_D.sum()).item(),
+        sinks=_most_frequent(ids_n[large_n], decode),
+    )
+
+
+def first_direction_share(x_mD: Tensor) -> float:
+    """Share of the variance of rows about their mean in their first principal direction; NaN without variance.
+
+    By a randomised subspace iteration (Halko et al. 2011, arXiv 0909.4061) with a generator of its own: exact where the
+    first direction stands out, and otherwise a little low.
+    """
+    if len(x_mD) < 2:
+        return float("nan")
+    centred_mD = x_mD - x_mD.mean(0)
+    total = centred_mD.square().sum(dtype=torch.float64).item()
+    if not 0 < total < float("inf"):
+        return float("nan")
+    block = min(_BLOCK, *x_mD.shape)
+    basis_Db = torch.randn(x_mD.shape[1], block, generator=torch.Generator().manual_seed(0)).to(x_mD)
+    for _ in range(_ROUNDS):
+        basis_Db = torch.linalg.qr(centred_mD.T @ (centred_mD @ basis_Db)).Q
+    return torch.linalg.svdvals(centred_mD @ basis_Db)[0].item() ** 2 / total
+
+
+def in_words(point: str, look: Mapping[str, Any], multiple: float | None) -> tuple[list[str], str | None]:
+    """Lines for the console, and what to set where it matters (None where nothing needs to be).
+
+    Arguments:
+        point: name of the hook point.
+        look: a `Look` as a dictionary.
+        multiple: `stream.max_norm_multiple`.
+    """
+    shares = ", ".join(f"{share:.2%} above {times} ×" for times, share in look["share_over"].items())
+    lines = [
+        f"activations at {point}, first {look['tokens']:,} tokens: median norm {look['median_norm']:.4g}; of all "
+        f"tokens {shares} that, the largest {look['largest']:,.1f} ×; {look['share_dropped']:.2%} are left out",
+        f"  the first principal direction has {look['first_direction']:.0%} of the variance, one coordinate "
+        f"{look['top_coordinate']:.0%}",
+    ]
+    if not look["large_share"]:
+        return lines, None
+    lines[1] += f"; without the tokens above {LARGE:g} × the first direction has {look['first_direction_without']:.0%}"
+    named = ", ".join(f"token {sink['id']}" if sink["text"] is None else repr(sink["text"]) for sink in look["sinks"])
+    held = (
+        f"{look['large_share']:.2%} of the tokens that are kept have more than {LARGE:g} × the median norm and hold "
+        f"{look['large_square']:.0%} of the squared norm (most often {named})"
+    )
+    matters = look["large_square"] >= MUCH and look["large_share"] <= FEW
+    if not matters or (multiple is not None and multiple <= LARGE):
+        return [*lines, f"  {held}"], None
+    limit = "null" if multiple is None else f"{multiple:g}"
+    return lines, f"{held}: stream.max_norm_multiple is {limit}; set it to {LARGE:g} to leave them out"
+
+
+def say_looks(looks: Mapping[str, Mapping[str, Any]], multiple: float | None, console: Console) -> None:
+    """Print what activations look like, by name of the hook point."""
+    for point, look in looks.items():
+        lines, advice = in_words(point, look, multiple)
+        for line in lines:
+            console.print(escape(line), highlight=False, soft_wrap=True)
+        if advice is not None:
+            console.print(f"  [yellow]{escape(advice)}[/]", highlight=False, soft_wrap=True)
+
+
+def _share(which_n: Tensor) -> float:
+    return int(which_n.sum()) / len(which_n)
+
+
+def _most_frequent(ids_n: Tensor, decode: Decode) -> list[dict[str, Any]]:
+    ids, counts = ids_n.unique(return_counts=True)
+    order = counts.argsort(descending=True, stable=True)[:_NAMED]
+    return [{"id": (i := int(ids[place])), "count": int(counts[place]), "text": decode(i)} for place in order]
