@@ -31,6 +31,14 @@ class Encoded(NamedTuple):
     """bool `[n]`: tokens whose activations are used."""
 
 
+def beyond(index: int, rows: int) -> str:
+    """What to say of an id that the model's embeddings do not have."""
+    return (
+        f"has the id {index}, and the model's embeddings have {rows} rows; give the tokenizer that belongs to the "
+        "model (model.tokenizer), or enlarge and train the embeddings (resize_token_embeddings in transformers)"
+    )
+
+
 def special_ids(tokenizer: Any) -> set[int]:
     """BOS, EOS, padding and whatever else the tokenizer calls special."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -43,13 +51,14 @@ class Encode:
     Arguments:
         config: its `drop_tokens` are left out of the real tokens, as special ones are.
         tokenizer: of the language model.
+        embeddings: rows of the model's embeddings, beyond which no id may lie; None: unknown.
 
     Raises:
         ValueError: `drop_tokens` that the tokenizer does not have, or chats for a tokenizer without a chat template.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, config: DataConfig, tokenizer: Any, embeddings: int | None = None) -> None:
+        self.tokenizer, self.embeddings = tokenizer, embeddings
         vocabulary = tokenizer.get_vocab()
         self.size = max(vocabulary.values()) + 1
         for section, source in config.sections.items():
@@ -66,9 +75,13 @@ class Encode:
         """Encode.
 
         Raises:
-            ValueError: ids beyond the vocabulary, or messages that the chat template refuses.
+            ValueError: ids beyond the vocabulary or the model's embeddings, or messages that the chat template refuses.
         """
         ids, eos = self._ids(document), self.tokenizer.eos_token_id
+        if self.embeddings is not None and (ids >= self.embeddings).any():
+            index = int(ids[ids >= self.embeddings][0])
+            token = self.tokenizer.convert_ids_to_tokens(index)
+            raise ValueError(f"{document.where}: the token {token!r} {beyond(index, self.embeddings)}")
         real = self.real[ids]
         if document.mask is not None:
             real &= document.mask

@@ -44,6 +44,7 @@ def packed_rows(
     epochs: int | None = 1,
     start: Position | None = None,
     shard: Shard = (0, 1),
+    embeddings: int | None = None,
 ) -> Iterator[Rows]:
     """Batches of up to `rows` rows of `config.context` tokens.
 
@@ -62,12 +63,13 @@ def packed_rows(
         start: position of earlier rows: goes on with exactly those, whatever `rows` was. Of what was read before
             nothing is tokenised again but the document that the first row begins in.
         shard: index and count of readers that share the documents.
+        embeddings: rows of the model's embeddings; None leaves ids unchecked.
 
     Raises:
-        ValueError: the source has no text; it does not fit the tokenizer; `words` > 0 and the tokenizer knows too few
-            whole words; or `start` is a position in other text.
+        ValueError: the source has no text; it does not fit the tokenizer, or its ids the embeddings; `words` > 0 and
+            the tokenizer knows too few whole words; or `start` is a position in other text.
     """
-    encode = Encode(config, tokenizer)
+    encode = Encode(config, tokenizer, embeddings)
     readers = {section: open_reader(section, source, held_out) for section, source in config.sections.items()}
     lists = _spelling_lists(config, tokenizer)
     if not 0 <= shard[0] < shard[1]:

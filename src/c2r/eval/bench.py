@@ -139,7 +139,8 @@ class Bench:
         vocabulary = self.lm.model.config.get_text_config().vocab_size
         size = max(1, min(16, 2**26 // (self.data.context * vocabulary)))
         seen = 0
-        for part in packed_rows(self.data, self.lm.tokenizer, seed=self.seed, held_out=True, rows=size):
+        settings: dict[str, Any] = {"seed": self.seed, "held_out": True, "rows": size}
+        for part in packed_rows(self.data, self.lm.tokenizer, embeddings=self.lm.embeddings, **settings):
             yield part
             seen += int(part.real.sum())
             if seen >= self.tokens:

@@ -192,6 +192,7 @@ def _bench(
     text = data_of(next(iter(saes.values())).config, data)
     check_source(text)
     lm = load_language_model(first, device)
+    lm.check_data(text, first.name)
     for name, sae in saes.items():
         if sae.d_in != lm.d_in:
             raise ValueError(f"{name}: the SAE reads activations of width {sae.d_in}, the model's have {lm.d_in}")
