@@ -35,7 +35,8 @@ class LanguageModel:
     """A causal language model with one hook point.
 
     Arguments:
-        model: any `AutoModelForCausalLM` whose blocks stand in one list. It is run on a few tokens to find them.
+        model: any `AutoModelForCausalLM` whose blocks stand in one list. It is put into evaluation mode, and run on a few
+            tokens to find them.
         tokenizer: its tokenizer.
         layer: block, counted from 0.
         hook: `resid_pre`, `resid_post`, `mlp_out` or `attn_out` of that block. `mlp_out` and `attn_out` are what is
@@ -48,19 +49,14 @@ class LanguageModel:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, layer: int, hook: Hook) -> None:
-        self.model, self.tokenizer, self.layer = model, tokenizer, layer
+        self.model, self.tokenizer, self.layer = model.eval(), tokenizer, layer
         self.hook: Hook = hook
         self._keeps = accepts(model, "past_key_values")
         if not accepts(model, "use_cache"):  # a model of one's own
             model.register_forward_pre_hook(without_cache, with_kwargs=True)
-        self._few, other = few_tokens(model, self.embeddings)
-        try:
-            self._blocks = find_blocks(model, self._run, self._few, layers_of(model.config) or 1)
-            check_causal(model, self._blocks, self._run, self._few, other)
-        except (TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-            raise ValueError(
-                f"model.name: {type(model).__name__} does not run on token ids alone ({type(error).__name__}: {error})"
-            ) from error
+        self._few, other = few_tokens(model, self.embeddings, self.positions)
+        self._blocks = find_blocks(model, self._first_run, self._few, layers_of(model.config) or 1)
+        check_causal(model, self._blocks, self._run, self._few, other)
         self._parts: dict[HookPoint, nn.Module] = {}
         self._block = self._module_at(HookPoint(layer, "resid_post"))
         self._module = self._module_at(HookPoint(layer, hook))
@@ -166,6 +162,17 @@ class LanguageModel:
             hooks.enter_context(contextlib.suppress(_Reached))
             self._run(ids_RT)
         return seen
+
+    def _first_run(self, ids_RT: Tensor) -> Any:
+        try:
+            return self._run(ids_RT)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # models for other inputs raise what they like
+            raise ValueError(
+                f"model.name: {type(self.model).__name__} does not run on token ids alone "
+                f"({type(error).__name__}: {error})"
+            ) from error
 
     @torch.no_grad()
     def _run(self, ids_RT: Tensor) -> Any:

@@ -220,7 +220,7 @@ def find_part(block: nn.Module, hook: Hook, run: Run, ids_RT: Tensor) -> nn.Modu
     if fitting:
         raise ValueError(
             f"model.hook: got {hook!r}, which in {type(block).__name__} is the output of {fitting[0][0]}; but it has not "
-            "the shape [rows, positions, width], or setting it to zero changes more than what is added; resid_pre and "
+            "the shape [rows, positions, width], or setting it to zero changes more; resid_pre and "
             "resid_post can be used"
         )
     best = min(pairs, key=lambda pair: (missed[pair].share, *preference(pair)))

@@ -41,7 +41,7 @@ def layers_of(config: Any) -> int | None:
     return next((value for name in names if isinstance(value := getattr(text, name, None), int)), None)
 
 
-def few_tokens(model: Any, embeddings: int | None) -> tuple[Tensor, Tensor]:
+def few_tokens(model: Any, embeddings: int | None, positions: int | None) -> tuple[Tensor, Tensor]:
     """Two rows of token ids that are no special ones, and the same with others in their second half."""
     sections = [model.config, model.config.get_text_config()]
     special = {
@@ -52,7 +52,7 @@ def few_tokens(model: Any, embeddings: int | None) -> tuple[Tensor, Tensor]:
         for index in (value if isinstance(value, list) else [value])
     }
     plain = [index for index in range(min(embeddings or 100, 4096)) if index not in special]
-    rows, length = 2, 16
+    rows, length = 2, min(16, positions or 16)
     ids = [plain[(7 * number + 3) % len(plain)] for number in range(2 * rows * length)]
     ids_RT, other_RT = torch.tensor(ids).view(2, rows, length)
     other_RT[:, : length // 2] = ids_RT[:, : length // 2]
