@@ -38,6 +38,8 @@ class ModelConfig(Frozen):
     layer: Annotated[int, Field(ge=0)] = 0
     """Block, counted from 0."""
     hook: Hook = "resid_post"
+    tokenizer: str | None = None
+    """Folder or Hub id of the tokenizer; null: the model's own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     revision: str | None = None
     trust_remote_code: bool = False

@@ -37,6 +37,14 @@ class Encoded(NamedTuple):
     """What is wrong with the record, which has no tokens then."""
 
 
+def beyond(index: int, rows: int) -> str:
+    """What to say of an id that the model's embeddings do not have."""
+    return (
+        f"has the id {index}, and the model's embeddings have {rows} rows; give the tokenizer that belongs to the "
+        "model (model.tokenizer), or enlarge and train the embeddings (resize_token_embeddings in transformers)"
+    )
+
+
 def special_ids(tokenizer: Any) -> set[int]:
     """BOS, EOS, padding and whatever else the tokenizer calls special."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -70,14 +78,15 @@ class Encode:
     Arguments:
         config: its `drop_tokens` are left out of the real tokens, as special ones are.
         tokenizer: of the language model.
+        embeddings: rows of the model's embeddings, beyond which no id may lie; None: unknown.
 
     Raises:
         ValueError: `drop_tokens` that the tokenizer does not have, chats for a tokenizer without a chat template, or
             `prepend_bos` for one without BOS.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, config: DataConfig, tokenizer: Any, embeddings: int | None = None) -> None:
+        self.tokenizer, self.embeddings = tokenizer, embeddings
         self.bos = bos_of(tokenizer, config.prepend_bos) if opens_with_bos(config, tokenizer) else None
         self.ends = config.rows == "packed"
         self.parse_special_tokens = config.parse_special_tokens
@@ -100,6 +109,7 @@ class Encode:
             if document.form == "bad":
                 raise BadRecord(document.content)
             ids = self._ids(document)
+            self._check_embedded(ids, document.where)
         except BadRecord as error:
             if document.more or document.before:  # the rest of the document is in use
                 raise
@@ -112,6 +122,12 @@ class Encode:
             if document.form == "text" or len(ids) == 0 or ids[-1] != eos:
                 ids, real = np.append(ids, np.asarray([eos], np.int32)), np.append(real, self.real[eos])
         return Encoded(ids, real, document.more)
+
+    def _check_embedded(self, ids: np.ndarray, where: str) -> None:
+        if self.embeddings is not None and (ids >= self.embeddings).any():
+            index = int(ids[ids >= self.embeddings][0])
+            token = self.tokenizer.convert_ids_to_tokens(index)
+            raise BadRecord(f"{where}: the token {token!r} {beyond(index, self.embeddings)}")
 
     def text_ids(self, text: str, parse_special_tokens: bool | None = None) -> list[int]:
         """A text's tokens and no others."""

@@ -6,7 +6,7 @@ R rows · T positions in a context · D width of the activations · V vocabulary
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.resources import files
 from pickle import UnpicklingError
@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from c2r.config import Hook, HookPoint, ModelConfig
-from c2r.data.memory import RoomError, check_fits
+from c2r.config import DataConfig, Hook, HookPoint, ModelConfig
+from c2r.data.encode import beyond
+from c2r.data.hook_points import Reached as _Reached
+from c2r.data.hook_points import Replace, check_causal, find_blocks, find_part, until
+from c2r.data.hook_points import hooked as _hooked
+from c2r.data.memory import RoomError
+from c2r.data.model_folder import check_architecture, check_folder, check_loaded, check_room
+from c2r.data.model_inputs import accepts, embeddings_of, few_tokens, layers_of, positions_of, without_cache
+from c2r.data.tokenizer import NoTokenizer, fit_tokenizer, load_tokenizer
 from c2r.identity import of_model
-
-Replace = Callable[[Tensor], Tensor]
-
-
-class _Reached(Exception):
-    """Ends a forward pass at the hook; carries nothing, since the hook keeps what it saw."""
 
 
 class LayerError(ValueError):
@@ -34,23 +35,31 @@ class LanguageModel:
     """A causal language model with one hook point.
 
     Arguments:
-        model: any `AutoModelForCausalLM` whose blocks stand in one list.
+        model: any `AutoModelForCausalLM` whose blocks stand in one list. It is put into evaluation mode, and run on a few
+            tokens to find them.
         tokenizer: its tokenizer.
         layer: block, counted from 0.
         hook: `resid_pre`, `resid_post`, `mlp_out` or `attn_out` of that block. `mlp_out` and `attn_out` are what is
             added to the residual stream, so behind a post-norm where the block has one (Gemma 2).
 
     Raises:
-        ValueError: no such layer, or a block without such a part.
+        ValueError: a model that cannot be run on token ids alone, that has no list of blocks, or whose tokens attend
+            to later ones; no such layer; a block without such a part, or where resid_pre + attn_out + mlp_out is not
+            resid_post.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, layer: int, hook: Hook) -> None:
-        self.model, self.tokenizer, self.layer = model, tokenizer, layer
+        self.model, self.tokenizer, self.layer = model.eval(), tokenizer, layer
         self.hook: Hook = hook
-        blocks = _blocks(model)
-        _check_layer(layer, len(blocks))
-        self._block = blocks[layer]
-        self._module = _hooked_module(self._block, hook)
+        self._keeps = accepts(model, "past_key_values")
+        if not accepts(model, "use_cache"):  # a model of one's own
+            model.register_forward_pre_hook(without_cache, with_kwargs=True)
+        self._few, other = few_tokens(model, self.embeddings, self.positions)
+        self._blocks = find_blocks(model, self._first_run, self._few, layers_of(model.config) or 1)
+        check_causal(model, self._blocks, self._run, self._few, other)
+        self._parts: dict[HookPoint, nn.Module] = {}
+        self._block = self._module_at(HookPoint(layer, "resid_post"))
+        self._module = self._module_at(HookPoint(layer, hook))
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +69,50 @@ class LanguageModel:
     @property
     def d_in(self) -> int:
         """D: what the hook emits is as wide as the residual stream."""
-        return self.model.config.get_text_config().hidden_size
+        return self._blocks.width
+
+    @cached_property
+    def embeddings(self) -> int | None:
+        """Rows of the embeddings: ids are below this. It may be more or less than the tokenizer has. None: unknown."""
+        return embeddings_of(self.model)
+
+    @cached_property
+    def positions(self) -> int | None:
+        """Tokens of the longest row that the model is made for; None: no limit."""
+        return positions_of(self.model)
+
+    def check_data(self, data: DataConfig, name: str | None = None) -> None:
+        """Find what in the data the model cannot read, before any of it is read.
+
+        Arguments:
+            name: the model's, for errors.
+
+        Raises:
+            ValueError: rows that are too long, or text for a model without tokenizer; names the field.
+        """
+        if self.positions is not None and data.context > self.positions:
+            name = name or type(self.model).__name__
+            raise ValueError(f"data.context: got {data.context}; {name} reads at most {self.positions} tokens")
+        if isinstance(self.tokenizer, NoTokenizer) and any(
+            source.tokens_field is None for source in data.sections.values()
+        ):
+            self.tokenizer("")  # raises with what to do
+
+    def check_ids(self, ids_RT: Tensor) -> None:
+        """Refuse rows that the model cannot read.
+
+        Raises:
+            ValueError: an id beyond the embeddings, with its token and place, or rows that are too long.
+        """
+        rows, positions = self.embeddings, self.positions
+        if positions is not None and ids_RT.shape[1] > positions:
+            raise ValueError(f"rows of {ids_RT.shape[1]} tokens: the model reads at most {positions}")
+        if rows is None or not (wrong_RT := (ids_RT < 0) | (ids_RT >= rows)).any():
+            return
+        row, place = wrong_RT.nonzero()[0].tolist()
+        index = int(ids_RT[row, place])
+        token = "" if self.tokenizer is None else f" {self.tokenizer.convert_ids_to_tokens(index)!r}"
+        raise ValueError(f"model.tokenizer: the token{token} in row {row}, position {place} {beyond(index, rows)}")
 
     @cached_property
     def identity(self) -> str:
@@ -70,13 +122,15 @@ class LanguageModel:
     @torch.no_grad()
     def activations(self, ids_RT: Tensor) -> Tensor:
         """What the hook point emits, fp32 `[R, T, D]`; nothing after it is computed."""
-        return self._until(self._module, self.hook, input_ids=ids_RT.to(self.device), use_cache=False).float()
+        self.check_ids(ids_RT)
+        return until(self._module, self.hook, lambda: self._run(ids_RT)).float()
 
     def check_points(self, points: Sequence[HookPoint]) -> None:
         """Find hook points that the model does not have.
 
         Raises:
-            ValueError: no such layer, or a block without such a part.
+            ValueError: no such layer, a block without such a part, or one where resid_pre + attn_out + mlp_out is not
+                resid_post.
         """
         for point in points:
             self._module_at(point)
@@ -84,6 +138,8 @@ class LanguageModel:
     @torch.no_grad()
     def activations_at(self, ids_RT: Tensor, points: Sequence[HookPoint]) -> dict[HookPoint, Tensor]:
         """What each hook point emits, `[R, T, D]` in the model's own precision; one pass, which ends with the last."""
+        modules = {point: self._module_at(point) for point in points}
+        self.check_ids(ids_RT)
         seen: dict[HookPoint, Tensor] = {}
 
         def keeping(point: HookPoint) -> Replace:
@@ -96,16 +152,37 @@ class LanguageModel:
             return keep
 
         with contextlib.ExitStack() as hooks:
-            for point in points:
-                hooks.enter_context(_hooked(self._module_at(point), point.hook, keeping(point)))
+            for point, module in modules.items():
+                hooks.enter_context(_hooked(module, point.hook, keeping(point)))
             hooks.enter_context(contextlib.suppress(_Reached))
-            self.model(input_ids=ids_RT.to(self.device), use_cache=False)
+            self._run(ids_RT)
         return seen
 
+    def _first_run(self, ids_RT: Tensor) -> Any:
+        try:
+            return self._run(ids_RT)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # models for other inputs raise what they like
+            raise ValueError(
+                f"model.name: {type(self.model).__name__} does not run on token ids alone "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+    @torch.no_grad()
+    def _run(self, ids_RT: Tensor) -> Any:
+        return self.model(input_ids=ids_RT.to(self.device), use_cache=False)
+
+    @torch.no_grad()
     def _module_at(self, point: HookPoint) -> nn.Module:
-        blocks = _blocks(self.model)
-        _check_layer(point.layer, len(blocks))
-        return _hooked_module(blocks[point.layer], point.hook)
+        """The module that a hook point hooks, looked for once."""
+        if point not in self._parts:
+            blocks = self._blocks
+            _check_layer(point.layer, len(blocks.modules))
+            if point.layer not in blocks.used:
+                raise ValueError(f"model.layer: got {point.layer}, a block that does not run on text; others do")
+            self._parts[point] = find_part(blocks.modules[point.layer], point.hook, self._run, self._few)
+        return self._parts[point]
 
     @torch.no_grad()
     def continuations(self, openings_PS: Tensor, ids_RT: Tensor) -> Tensor:
@@ -117,36 +194,25 @@ class LanguageModel:
         from transformers import DynamicCache
 
         copies, kept = len(ids_RT) // len(openings_PS), 0
-        cache = DynamicCache(config=self.model.config)
-        # To the end of the block, so that its keys are there even if the hook stands before its attention.
-        self._until(
-            self._block, "resid_post", input_ids=openings_PS.to(self.device), past_key_values=cache, use_cache=True
-        )
-        with contextlib.suppress(ValueError):  # recurrent layers have no length
-            kept = cache.get_seq_length()
-        if kept != openings_PS.shape[1]:
-            whole = torch.cat([openings_PS.repeat_interleave(copies, 0), ids_RT], 1)
+        cache = DynamicCache(config=self.model.config) if self._keeps else None
+        whole = torch.cat([openings_PS.repeat_interleave(copies, 0), ids_RT], 1)
+        self.check_ids(whole)
+        if cache is not None:
+            row = {"input_ids": openings_PS.to(self.device), "past_key_values": cache, "use_cache": True}
+            # To the end of the block, so that its keys are there even if the hook stands before its attention.
+            until(self._block, "resid_post", lambda: self.model(**row))
+            with contextlib.suppress(ValueError):  # recurrent layers have no length
+                kept = cache.get_seq_length()
+        if cache is None or kept != openings_PS.shape[1]:
             return self.activations(whole)[:, openings_PS.shape[1] :]
         cache.batch_repeat_interleave(copies)
         row = {"input_ids": ids_RT.to(self.device), "past_key_values": cache, "use_cache": True}
-        return self._until(self._module, self.hook, **row).float()
-
-    def _until(self, module: nn.Module, hook: Hook, **inputs: Any) -> Tensor:
-        """Run the model as far as a hook, and return what passes there."""
-        seen: list[Tensor] = []
-
-        def keep(hidden: Tensor) -> Tensor:
-            seen.append(hidden)
-            raise _Reached
-
-        with _hooked(module, hook, keep), contextlib.suppress(_Reached):
-            self.model(**inputs)
-        return seen[0]
+        return until(self._module, self.hook, lambda: self.model(**row)).float()
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> Sequence[nn.Module]:
         """The decoder blocks, in their order."""
-        return _blocks(self.model)
+        return self._blocks.modules
 
     def replacing(self, replace: Replace) -> contextlib.AbstractContextManager[None]:
         """While entered, the hook's output passes through `replace`, whose result takes its place."""
@@ -165,56 +231,54 @@ def load_language_model(config: ModelConfig, device: str | torch.device = "cpu")
     """Load `config.name` (`embedded`, a folder, or a Hub id) for reading at its hook point.
 
     Raises:
-        ValueError: it cannot be loaded, or has no such layer; the message names the field.
+        ValueError: it cannot be loaded, is no causal language model, is not all there, or has no such hook point; the
+            message names the field.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    path = model_path(config.name)
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    try:
+    path, place = model_path(config.name), torch.device(device)
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    check_folder(config, path)
+    with _loading(config):
         architecture = AutoConfig.from_pretrained(path, **options)
-        _check_layer(config.layer, architecture.get_text_config().num_hidden_layers)  # before gigabytes are read
-        _check_fits(config, architecture, torch.device(device))
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
-    except (LayerError, RoomError):
+    check_architecture(config, architecture)
+    layers = layers_of(architecture)
+    if layers is not None:  # before gigabytes are read
+        _check_layer(config.layer, layers)
+    check_room(config, architecture, place)
+    own = None if config.tokenizer is None else model_path(config.tokenizer)
+    tokenizer = load_tokenizer(config.name, path, own, architecture, **options)
+    with _loading(config):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, config.dtype), output_loading_info=True, **options
+        )
+    model, info = loaded
+    check_loaded(config, model, info)
+    model = model.to(place).eval().requires_grad_(False)
+    lm = LanguageModel(model, tokenizer, layer=config.layer, hook=config.hook)
+    fit_tokenizer(tokenizer, lm.embeddings)
+    return lm
+
+
+@contextlib.contextmanager
+def _loading(config: ModelConfig) -> Iterator[None]:
+    """What transformers raises, as an error that names the field."""
+    try:
+        yield
+    except RoomError:
         raise
     except UnpicklingError as error:  # transformers reads pytorch_model.bin with weights_only=True
         raise ValueError(
             f"model.name: {config.name!r} holds a pickle with code in it, which was not run; c2r reads "
             f"safetensors, and pickles of tensors alone ({str(error).splitlines()[0]})"
         ) from error
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise ValueError(
             f"model.name: cannot load {config.name!r}; accepted are 'embedded', a folder in Hugging Face format, or a "
             f"Hub id: {error}"
         ) from error
-    model = model.to(torch.device(device)).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
-    return LanguageModel(model, tokenizer, layer=config.layer, hook=config.hook)
-
-
-def _check_fits(config: ModelConfig, architecture: Any, device: torch.device) -> None:
-    """Refuse a model whose weights alone are more than there is room for; nothing is loaded for it.
-
-    Where the size cannot be known before (quantised weights, a model that cannot be made without memory) all pass.
-    """
-    from transformers import AutoModelForCausalLM
-
-    if getattr(architecture, "quantization_config", None) is not None:
-        return
-    try:
-        with torch.device("meta"):  # shapes without memory
-            empty = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
-    except (RuntimeError, NotImplementedError):
-        return
-    size = sum(weight.numel() for weight in empty.parameters()) * getattr(torch, config.dtype).itemsize
-    for place in dict.fromkeys((torch.device("cpu"), device)):  # weights pass through the CPU's memory
-        check_fits(
-            f"model.name: the weights of {config.name!r} as {config.dtype}", size, place,
-            "lower model.dtype (bfloat16 is half of float32), or take a smaller model",
-        )  # fmt: skip
 
 
 def _check_layer(layer: int, blocks: int) -> None:
@@ -242,60 +306,3 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"train.device: got {name!r}, which cannot be used here; accepted: auto, cpu, cuda, cuda:0… "
                          f"({str(error).splitlines()[0]})") from error  # fmt: skip
     return device
-
-
-def _blocks(model: Any) -> nn.ModuleList:
-    """The list of decoder blocks: the one ModuleList that is as long as the model has layers."""
-    layers = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    if not lists:
-        raise ValueError(f"model.name: {type(model).__name__} has no list of {layers} blocks to hook into")
-    return lists[0]
-
-
-def _hooked_module(block: nn.Module, hook: Hook) -> nn.Module:
-    """The module whose input (`resid_pre`) or output the hook is, by the names inside the block."""
-    if hook in ("resid_pre", "resid_post"):
-        return block
-    children = dict(block.named_children())
-    # With a norm behind each branch, that norm's output is what the residual stream receives.
-    post_norms = {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
-    if all(name in children for name in post_norms.values()):
-        return children[post_norms[hook]]
-    parts = ("attn", "attention") if hook == "attn_out" else ("mlp",)
-    apart = ("norm", "dropout")
-    found = [
-        module
-        for name, module in children.items()
-        if any(part in name for part in parts) and not any(other in name for other in apart)
-    ]
-    if len(found) != 1:
-        raise ValueError(f"model.hook: got {hook!r}, but the block has no single such part; it has {list(children)}")
-    return found[0]
-
-
-class _hooked:
-    """While entered, the hooked tensor passes through `function`, whose result takes its place."""
-
-    def __init__(self, module: nn.Module, hook: Hook, function: Replace) -> None:
-        self.module, self.hook, self.function = module, hook, function
-
-    def __enter__(self) -> None:
-        if self.hook == "resid_pre":
-            self.handle = self.module.register_forward_pre_hook(self._before, with_kwargs=True)
-        else:
-            self.handle = self.module.register_forward_hook(self._after)
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
-
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if args:
-            return (self._apply(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._apply(kwargs["hidden_states"])}
-
-    def _after(self, _: nn.Module, __: Any, output: Any) -> Any:
-        return (self._apply(output[0]), *output[1:]) if isinstance(output, tuple) else self._apply(output)
-
-    def _apply(self, hidden: Tensor) -> Tensor:
-        return self.function(hidden).to(hidden.dtype)

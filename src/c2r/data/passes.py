@@ -253,10 +253,15 @@ def _holding_blocks(lm: LanguageModel) -> Iterator[nn.Module]:
     module, first = lm.model, lm.blocks[0]
     while True:
         holding = [child for child in module.children() if any(part is first for part in child.modules())]
-        if not holding or holding[0] is lm.blocks:
+        if not holding or holding[0] is first or _lists(holding[0], first):
             return
         module = holding[0]
         yield module
+
+
+def _lists(module: nn.Module, block: nn.Module) -> bool:
+    """Whether a module is the list that a block stands in."""
+    return isinstance(module, (nn.ModuleList, nn.Sequential)) and any(child is block for child in module.children())
 
 
 def _hidden(output: Any) -> Tensor:

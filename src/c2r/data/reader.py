@@ -133,14 +133,13 @@ def live_reader(config: RunConfig, lm: LanguageModel, dtype: torch.dtype | None 
             lm.check_points([config.point(sae)])
         except ValueError as error:
             raise ValueError(f"saes.{sae.name}: {error}") from error
-    positions = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and data.context > positions:
-        raise ValueError(f"data.context: got {data.context}; {config.model.name} reads at most {positions} tokens")
+    lm.check_data(data, config.model.name)
     settings: dict[str, Any] = {"seed": config.seed, "rows": config.stream.rows}
     skipped = Skipped()
+    more: dict[str, Any] = {"epochs": None, "skipped": skipped, "embeddings": lm.embeddings}
 
     def in_order(start: Any) -> Iterator[Rows]:
-        return packed_rows(data, lm.tokenizer, **settings, epochs=None, start=start, skipped=skipped)
+        return packed_rows(data, lm.tokenizer, **settings, **more, start=start)
 
     shuffled = shuffled_rows(in_order, config.stream.text_tokens, **settings)
     return LiveReader(lm, config.points, shuffled, dtype, skipped)

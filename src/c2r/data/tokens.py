@@ -56,6 +56,7 @@ def packed_rows(
     start: Position | None = None,
     shard: Shard = (0, 1),
     skipped: Skipped | None = None,
+    embeddings: int | None = None,
 ) -> Iterator[Rows]:
     """Batches of up to `rows` rows of `config.context` tokens.
 
@@ -75,12 +76,13 @@ def packed_rows(
             nothing is tokenised again but the document that the first row begins in.
         shard: index and count of readers that share the documents.
         skipped: counts records that are skipped.
+        embeddings: rows of the model's embeddings; None leaves ids unchecked.
 
     Raises:
-        ValueError: the source has no text; it does not fit the tokenizer; `words` > 0 and the tokenizer knows too few
-            whole words; or `start` is a position in other text.
+        ValueError: the source has no text; it does not fit the tokenizer, or its ids the embeddings; `words` > 0 and
+            the tokenizer knows too few whole words; or `start` is a position in other text.
     """
-    encode = Encode(config, tokenizer)
+    encode = Encode(config, tokenizer, embeddings)
     known = (start or {}).get("kept", [None] * len(config.sections))
     readers = {
         section: open_reader(section, source, held_out, encode.cuts, kept)

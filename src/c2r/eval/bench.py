@@ -167,6 +167,7 @@ class Bench:
         size = max(1, min(16, _POSITIONS // self.data.context))
         seen = 0
         settings: dict[str, Any] = {"seed": self.seed, "held_out": True, "rows": size, "skipped": self.skipped}
+        settings["embeddings"] = self.lm.embeddings
         for part in packed_rows(self.data, self.lm.tokenizer, **settings):
             yield part
             seen += int(part.real.sum())

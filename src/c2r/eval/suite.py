@@ -228,6 +228,7 @@ def _bench(
     text = text_of_all({name: sae.config for name, sae in saes.items()}, data)
     check_source(text)
     lm = load_language_model(first, device)
+    lm.check_data(text, first.name)
     for name, sae in saes.items():
         if sae.d_in != lm.d_in:
             raise ValueError(f"{name}: the SAE reads activations of width {sae.d_in}, the model's have {lm.d_in}")
