@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from c2r.config import HookPoint, StreamConfig
+from c2r.data import reader, windows
 from c2r.data.ahead import Ahead
 from c2r.data.features import known_features
 from c2r.data.reader import Part
@@ -117,6 +118,26 @@ def test_outliers_at_one_hook_are_dropped_at_all_and_the_rest_has_unit_mean_squa
     assert stream.dropped == 2
     assert stream.median_norm[POINT] == pytest.approx((500**2 + 1000**2) ** 0.5, rel=0.01)
     assert stream.median_norm[OTHER] == pytest.approx((2 * 500**2 + 1000**2) ** 0.5, rel=0.01)
+
+
+def test_a_search_among_outliers_alone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model was replaced, and all that it emits is beyond what the first tokens had: reading would never end."""
+    for module in (reader, windows):
+        monkeypatch.setattr(module, "CALIBRATION_TOKENS", 500)
+    small = StreamConfig(buffer_tokens=200, max_norm_multiple=2)
+    stream = ActivationStream(Numbers(10**7), small)
+    state = stream.state_dict() | {
+        "median_norm": {POINT.name: 1e-3, OTHER.name: 1e-3}, "scale": {POINT.name: 1.0, OTHER.name: 1.0},
+    }  # fmt: skip
+    stream.load_state_dict(state)
+    with pytest.raises(
+        ValueError, match=r"stream\.max_norm_multiple: got 2\.0, and ([\d,]+) of the last \1 tokens are"
+    ):
+        next(stream.batches(100, 100))
+    few = ActivationStream(
+        Numbers(10**4, outliers=range(3, 10**4, 5)), small.model_copy(update={"max_norm_multiple": 9})
+    )
+    assert len(next(few.batches(100, 100))[POINT]) == 100
 
 
 def test_text_without_tokens_is_named() -> None:
