@@ -39,7 +39,11 @@ NAMED = ["utf-16-le", "utf-16-be", "utf-32-be", "utf-7", "utf-8", "gb18030", "UT
 @pytest.mark.parametrize("given", [True, False])
 def test_text_and_lines_in_every_encoding(encoding: str, given: bool, tmp_path: Path) -> None:
     def write(text: str) -> bytes:
-        return "\ufeff".encode("utf-16-be") + text.encode("utf-16-be") if encoding == "big-endian" else text.encode(encoding)
+        return (
+            "\ufeff".encode("utf-16-be") + text.encode("utf-16-be")
+            if encoding == "big-endian"
+            else text.encode(encoding)
+        )
 
     marked = encoding in (*MARKED, "big-endian")
     if not given and not marked and encoding.lower() not in ("utf-8", "utf8"):
@@ -54,7 +58,9 @@ def test_text_and_lines_in_every_encoding(encoding: str, given: bool, tmp_path: 
         assert read_all(config) == [line["text"] for line in LINES]
         for document, position in open_reader("data", config).read(0):
             rest = [after.content for after, _ in open_reader("data", config).read(0, position())]
-            assert rest == [line["text"] for line in LINES][[line["text"] for line in LINES].index(document.content) + 1 :]
+            assert (
+                rest == [line["text"] for line in LINES][[line["text"] for line in LINES].index(document.content) + 1 :]
+            )
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "cp037"])
@@ -62,14 +68,19 @@ def test_named_encodings_of_one_byte(encoding: str, tmp_path: Path) -> None:
     text = "Größe, naïve\n" if encoding == "cp037" else "Größe, naïve\nsecond"
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
     assert read_all(config_of(tmp_path / "a.txt", encoding=encoding)) == [text]
-    (tmp_path / "a.jsonl").write_bytes(("\n".join([json.dumps({"text": text}, ensure_ascii=False)] * 2)).encode(encoding))
+    (tmp_path / "a.jsonl").write_bytes(
+        ("\n".join([json.dumps({"text": text}, ensure_ascii=False)] * 2)).encode(encoding)
+    )
     assert read_all(config_of(tmp_path / "a.jsonl", encoding=encoding)) == [text] * 2
 
 
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ("Grün\nGröße".encode("latin-1"), r"a\.txt:1 is not UTF-8: byte 0xfc at offset 2; .*data\.encoding, for example"),
+        (
+            "Grün\nGröße".encode("latin-1"),
+            r"a\.txt:1 is not UTF-8: byte 0xfc at offset 2; .*data\.encoding, for example",
+        ),
         (b"one\ntwo\n\xe9", r"a\.txt:3 is not UTF-8: byte 0xe9 at offset 8"),
         (b"x" * 3_000_000 + b"\n\xff", r"a\.txt:2 is not UTF-8: byte 0xff at offset 3,000,001"),
         ("é".encode()[:1], r"a\.txt:1 is not UTF-8: byte 0xc3 at offset 0"),
@@ -225,7 +236,9 @@ def test_a_data_set_skips_too(tmp_path: Path) -> None:
 def test_nothing_but_bad_records(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("x\ny\n")
     config = config_of(tmp_path, bad_records="skip")
-    with pytest.raises(ValueError, match=r"holds no text; all records were skipped, the first: .*a\.jsonl:1 is not JSON"):
+    with pytest.raises(
+        ValueError, match=r"holds no text; all records were skipped, the first: .*a\.jsonl:1 is not JSON"
+    ):
         check_source(config)
     with pytest.raises(ValueError, match="nothing to train on; 2 records were skipped"):
         list(packed_rows(config, tiny_tokenizer()))
@@ -240,7 +253,9 @@ def test_training_says_what_it_skipped(tiny_models: dict[str, Path], corpus: Pat
         file.write(SURROGATE + "\n")
     data = {"source": "files", "path": str(tmp_path / "text"), "context": 16, "bad_records": "skip"}
     with (tmp_path / "said").open("w") as out:
-        config = run_config(tmp_path / "run", tiny_models["llama"], corpus, data=data, train={"tokens": 256, "batch": 64})
+        config = run_config(
+            tmp_path / "run", tiny_models["llama"], corpus, data=data, train={"tokens": 256, "batch": 64}
+        )
         train(config, console=Console(file=out, width=400))
     said = (tmp_path / "said").read_text()
     assert "skipped a bad record: data.text_field" in said

@@ -19,9 +19,7 @@ from c2r.data.pieces import Cuts, characters, pieces
 from c2r.data.tokens import packed_rows
 from helpers import TEXT, tiny_tokenizer
 
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SMALL = 200
 """Characters of a piece in these tests."""
 
@@ -29,7 +27,22 @@ SMALL = 200
 def sample(seed: int, words: int = 900) -> str:
     """Words of several scripts, numbers, signs, runs of blanks and line breaks."""
     rng = random.Random(seed)
-    known = TEXT.split() + ["naïve", "мир", "こんにちは", "世界", "x1", "12345678", "don't", "…", "—", "<s>", "▁", "Ġ", "e\u0301", "😀"]
+    known = TEXT.split() + [
+        "naïve",
+        "мир",
+        "こんにちは",
+        "世界",
+        "x1",
+        "12345678",
+        "don't",
+        "…",
+        "—",
+        "<s>",
+        "▁",
+        "Ġ",
+        "e\u0301",
+        "😀",
+    ]
     breaks = [" ", " ", " ", " ", "  ", "\n", "\n\n", ".\n", ". ", "\t", "\n    ", "\r\n", "\u00a0", "。\n"]
     return "".join(rng.choice(known) + rng.choice(breaks) for _ in range(words))
 
@@ -103,7 +116,9 @@ TOKENIZERS = {
         pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
         normalizer=normalizers.BertNormalizer(),
     ),
-    "added tokens": lambda: with_tokens(AddedToken("fox", rstrip=True), AddedToken("dog", lstrip=True), AddedToken("  ")),
+    "added tokens": lambda: with_tokens(
+        AddedToken("fox", rstrip=True), AddedToken("dog", lstrip=True), AddedToken("  ")
+    ),
 }
 
 
@@ -171,7 +186,9 @@ def counting_from_the_start() -> transformers.PreTrainedTokenizerFast:
         no_splitting,
         counting_from_the_start,
         lambda: unigram(pre_tokenizers.Metaspace(split=False)),
-        lambda: byte_level(pre_tokenizers.ByteLevel(False)) and with_tokens(AddedToken("over the"), AddedToken("\nThe")),
+        lambda: (
+            byte_level(pre_tokenizers.ByteLevel(False)) and with_tokens(AddedToken("over the"), AddedToken("\nThe"))
+        ),
     ],
 )
 def test_what_cannot_be_cut_safely_stays_whole(make: Any, small: None) -> None:
@@ -253,7 +270,9 @@ def test_nothing_comes_in_between_the_pieces_of_a_document(tmp_path: Path, small
     for name in "ab":
         (tmp_path / name).mkdir()
         write_long(tmp_path / name, files=2)
-    parts = [{"source": "files", "path": str(tmp_path / name), "weight": 1 + number} for number, name in enumerate("ab")]
+    parts = [
+        {"source": "files", "path": str(tmp_path / name), "weight": 1 + number} for number, name in enumerate("ab")
+    ]
     config = DataConfig.model_validate({"source": "mixture", "parts": parts, "context": 16})
     tokenizer = tiny_tokenizer()
     rows = list(packed_rows(config, tokenizer, rows=2))

@@ -81,7 +81,9 @@ def load_yaml(text: str) -> Any:
     except yaml.scanner.ScannerError as error:
         mark = error.problem_mark
         if mark is not None and "\\t" in (error.problem or ""):
-            raise ValueError(f"line {mark.line + 1}, column {mark.column + 1}: a tab; YAML is indented by blanks") from error
+            raise ValueError(
+                f"line {mark.line + 1}, column {mark.column + 1}: a tab; YAML is indented by blanks"
+            ) from error
         raise ValueError(f"it is not readable YAML: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"it is not readable YAML: {error}") from error

@@ -130,7 +130,9 @@ class Encode:
         _check_characters(content, document.where)
         if document.before or len(content) <= 2 * PIECE:
             return self._piece(document.before, content)
-        return np.concatenate([self._piece(piece.before, piece.text) for piece in pieces(characters(content), self.cuts)])
+        return np.concatenate(
+            [self._piece(piece.before, piece.text) for piece in pieces(characters(content), self.cuts)]
+        )
 
     def _piece(self, before: str, text: str) -> np.ndarray:
         """The tokens of a text that follows another."""

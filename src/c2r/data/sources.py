@@ -76,7 +76,10 @@ class Windows:
             random.Random(f"{seed} {number}").shuffle(window)
             for place, pieces in enumerate(window[served:], served):
                 for piece, document in enumerate(pieces[done:], done + 1):
-                    yield document, partial(list, (at, number, place, piece) if document.more else (at, number, place + 1))
+                    yield (
+                        document,
+                        partial(list, (at, number, place, piece) if document.more else (at, number, place + 1)),
+                    )
                 done = 0
             at, number, served = after, number + 1, 0
 
@@ -184,7 +187,9 @@ def check_source(config: DataConfig) -> None:
                 break
             bad = bad or document.content
         else:
-            raise ValueError(no_text(section, source) + (f"; all records were skipped, the first: {bad}" if bad else ""))
+            raise ValueError(
+                no_text(section, source) + (f"; all records were skipped, the first: {bad}" if bad else "")
+            )
 
 
 def no_text(section: str, source: TextSource) -> str:
