@@ -164,11 +164,20 @@ def text_to_evaluate(data: dict[str, Any], trained: dict[str, Any] | None) -> di
         trained: the same of training; None: not known. Text that training did not read is evaluated on whole, and so is
             text from which it left nothing out, as before there was `held_out`.
     """
-    same = trained is not None and all(data.get(key) == trained.get(key) for key in ("source", "path", "name", "split"))
 
-    def of(source: dict[str, Any]) -> dict[str, Any]:
-        parts = {"parts": [of(part) for part in source["parts"]]} if source.get("parts") else {}
-        kept = source.get("source") not in ("files", "hf") or (same and "held_out" in source)
-        return source | parts | ({} if kept else {"held_out": 0.0})
+    def of(source: dict[str, Any], known: dict[str, Any] | None) -> dict[str, Any]:
+        keys = ("source", "path", "name", "split")
+        if known is not None and any(_value(source, key) != _value(known, key) for key in keys):
+            known = None
+        if _value(source, "source") in ("files", "hf"):
+            return source | {"held_out": 0.0 if known is None else known.get("held_out", 0.0)}
+        parts, others = source.get("parts", []), (known or {}).get("parts", [])
+        if not parts:
+            return source
+        return source | {"parts": list(map(of, parts, others if len(others) == len(parts) else [None] * len(parts)))}
 
-    return of(data)
+    return of(data, trained)
+
+
+def _value(source: dict[str, Any], key: str) -> Any:
+    return source.get(key, TextSource.model_fields[key].default)

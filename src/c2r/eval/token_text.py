@@ -46,7 +46,8 @@ def snippet(tokenizer: Any, ids: Sequence[int], place: int, first: int, last: in
         last += 1
     text, spans = shown(tokenizer, ids[first : last + 1])
     start, end = spans[place - first]
-    return text[:start].lstrip(_INCOMPLETE), text[start:end], text[end:].rstrip(_INCOMPLETE)
+    token = text[start:end]
+    return text[:start].lstrip(_INCOMPLETE), token.strip(_INCOMPLETE) or token, text[end:].rstrip(_INCOMPLETE)
 
 
 def _decoder(tokenizer: Any, ids: list[int]) -> Callable[[list[int]], str]:
