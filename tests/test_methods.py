@@ -32,7 +32,6 @@ from c2r.penalty import consistency_penalty
 from c2r.presets import preset
 from c2r.recipes import RECIPES
 from c2r.sae.base import SAE, Extra
-from c2r.sae.jumprelu import jump_relu, soft_l0
 from c2r.train.run import Run
 from c2r.train.trainer import train
 from helpers import run_config, write_corpus
@@ -189,24 +188,6 @@ def test_ort_and_c2r_share_one_search(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # The pieces, by hand
-
-
-def test_jump_relu_gradients_by_hand() -> None:
-    pre = torch.tensor([[0.45, 0.55, 2.0, -1.0]], requires_grad=True)
-    threshold = torch.full((4,), 0.5, requires_grad=True)
-    acts = jump_relu(pre, threshold, 0.2)
-    assert acts.tolist() == [[0, pytest.approx(0.55), 2, 0]]
-    acts.sum().backward()
-    assert pre.grad is not None
-    assert threshold.grad is not None
-    assert pre.grad.tolist() == [[0, 1, 1, 0]]
-    assert threshold.grad.tolist() == pytest.approx([-2.5, -2.5, 0, 0])  # −θ/ε inside the rectangle
-    threshold.grad = None
-    l0 = soft_l0(pre.detach(), threshold, 0.2)
-    assert l0.item() == 2
-    l0.backward()
-    assert threshold.grad is not None
-    assert threshold.grad.tolist() == pytest.approx([-5, -5, 0, 0])  # −1/ε
 
 
 def test_lp_by_hand_and_without_nan() -> None:
