@@ -352,10 +352,16 @@ def test_outliers_are_named_with_both_figures(bench: Bench) -> None:
     printed = bench.console.file.getvalue()
     every = outcomes["usual"].metrics["with_outliers"]
     assert 0 < every["outlier_tokens"] < 0.1 * every["total_tokens"]
-    assert f"usual: {every['outlier_tokens']} of {every['total_tokens']} tokens are outliers" in printed
-    assert f"Over all tokens EV is {every['explained_variance']:.4f}" in printed
+    share = every["outlier_tokens"] / every["total_tokens"]
+    assert f"usual: {every['outlier_tokens']} of {every['total_tokens']} tokens ({share:.2%}) have a norm" in printed
+    assert f"over all tokens EV is {every['explained_variance']:.4f}" in printed
     assert "all: " not in printed
-    assert outcomes["usual"].config == {"tokens": every["total_tokens"], "max_norm": limit}
+    assert outcomes["usual"].config == {
+        "tokens": every["total_tokens"],
+        "tokens_counted": every["total_tokens"] - every["outlier_tokens"],
+        "outlier_tokens_left_out": every["outlier_tokens"],
+        "max_norm": limit,
+    }
     assert outcomes["all"].config["max_norm"] is None
     assert outcomes["all"].summary["ev"] == pytest.approx(every["explained_variance"])
     assert outcomes["usual"].summary["ev"] != pytest.approx(every["explained_variance"])

@@ -63,6 +63,7 @@ class Passes:
         """The part of the model whose output the head reads, and what makes such an output of states."""
         few_RT = ids_RT[: _TRIAL[0], : _TRIAL[1]].to(lm.device)
         expected = lm.logits(few_RT), lm.logits(few_RT, _changed)
+        self._vocabulary = expected[0].shape[-1]
         self._test_head(few_RT, expected[0])
         self._test_skipping(few_RT, expected)
 
@@ -92,10 +93,6 @@ class Passes:
             scored_RT: positions whose logits are wanted, bool.
         """
         return Pass(self, ids_RT.to(self.lm.device), scored_RT.to(self.lm.device))
-
-    @property
-    def _vocabulary(self) -> int:
-        return self.lm.model.config.get_text_config().vocab_size
 
     def _piece(self) -> int:
         """p, the positions whose logits are made at once."""

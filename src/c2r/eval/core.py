@@ -238,7 +238,8 @@ def run_core(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
     for name, error in failed.items():
         yield failure(name, "core", error)
     for name, result in results.items():
-        seen = result.core["with_outliers"]["total_tokens"]
+        every = result.core["with_outliers"]
+        seen = int(every["total_tokens"])
         if seen < bench.tokens:
             bench.console.print(f"[yellow]{escape(name)}: the text ended after {seen:,} of {bench.tokens:,} tokens[/]")
         counting = counting_of(saes[name].config)
@@ -254,7 +255,12 @@ def run_core(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
                 "l0": result.core["sparsity"]["l0"],
                 "alive": result.core["misc_metrics"]["frac_alive"],
             },
-            config={"tokens": seen, "max_norm": counting.max_norm},
+            config={
+                "tokens": seen,
+                "tokens_counted": int(seen - every["outlier_tokens"]),
+                "outlier_tokens_left_out": int(every["outlier_tokens"]),
+                "max_norm": counting.max_norm,
+            },
             unstructured={"log10_density": result.density},
         )
 
@@ -262,11 +268,12 @@ def run_core(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
 def _of_outliers(result: CoreResult, counting: Counting) -> str:
     """What the user has to know of outliers; empty if there are none."""
     every = result.core["with_outliers"]
-    if not every["outlier_tokens"]:
+    tokens, outliers = every["total_tokens"], every["outlier_tokens"]
+    if not outliers:
         return ""
     return (
-        f"{every['outlier_tokens']:,} of {every['total_tokens']:,} tokens are outliers (norm above "
-        f"{counting.max_norm:.4g}), which training left out; so do these figures. Over all tokens EV is "
+        f"{outliers:,} of {tokens:,} tokens ({outliers / tokens:.2%}) have a norm above {counting.max_norm:.4g} and "
+        "are left out, as in training; over all tokens EV is "
         f"{every['explained_variance']:.4f} (with_outliers in the result file)"
     )
 

@@ -54,7 +54,7 @@ class Fidelity:
         for x_pD, x_hat_pD in zip(x_nD.split(size), x_hat_nD.split(size), strict=True):
             acts = _sparse(sae.encode(x_pD))
             self._add_activations(acts)
-            x_hat_pD.copy_(decode(acts, sae.W_dec, sae.b_dec))
+            x_hat_pD.copy_(decode(acts, sae.W_dec, sae.b_dec) if isinstance(acts, Codes) else sae.decode(acts))
         if len(x_nD):
             self._add_reconstruction(x_nD, x_hat_nD)
         return x_hat_nD
@@ -142,7 +142,9 @@ class Fidelity:
 
 
 def _sparse(acts_nF: Tensor) -> Acts:
-    """The same activations as their non-zeros where these are few."""
+    """The same activations as their non-zeros where these are few; half precision stays as it is."""
+    if acts_nF.dtype not in (torch.float32, torch.float64):
+        return acts_nF
     tokens_N, latents_N = acts_nF.nonzero(as_tuple=True)
     if len(tokens_N) > _SPARSE_BELOW * acts_nF.numel():
         return acts_nF
