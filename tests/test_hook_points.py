@@ -90,9 +90,7 @@ def test_blooms_attention_is_without_the_residual_stream() -> None:
 def test_a_part_that_is_multiplied_is_refused_with_how_far_it_is_off(hook: Any, dtype: torch.dtype) -> None:
     model = made(granite()).to(dtype)
     # The parts are 1 / 0.22 times what is added: off by 3.55 times that.
-    with pytest.raises(
-        ValueError, match=rf"got .{hook}., but no part .* is off by 35[3456]% .* can be used"
-    ):
+    with pytest.raises(ValueError, match=rf"got .{hook}., but no part .* is off by 35[3456]% .* can be used"):
         LanguageModel(model, None, layer=1, hook=hook)
     LanguageModel(model, None, layer=1, hook="resid_post")
 
