@@ -35,8 +35,8 @@ class LanguageModel:
     """A causal language model with one hook point.
 
     Arguments:
-        model: any `AutoModelForCausalLM` whose blocks stand in one list. It is put into evaluation mode, and run on a few
-            tokens to find them.
+        model: any `AutoModelForCausalLM` whose blocks stand in one list. It is put into evaluation mode, and run on a
+            few tokens to find them.
         tokenizer: its tokenizer.
         layer: block, counted from 0.
         hook: `resid_pre`, `resid_post`, `mlp_out` or `attn_out` of that block. `mlp_out` and `attn_out` are what is

@@ -172,7 +172,7 @@ def check_causal(model: nn.Module, blocks: Blocks, run: Run, ids_RT: Tensor, oth
     change_RT = (one - other)[:, :half].float().norm(dim=-1) / one[:, :half].float().norm(dim=-1)
     # The median: where experts are chosen, rounding may send one token elsewhere.
     change = change_RT.median().item()
-    if change > (0.01 if one.dtype == torch.float32 else 0.05):
+    if change > (1e-4 if one.dtype == torch.float32 else 0.02):
         raise ValueError(
             f"model.name: {type(model).__name__} lets tokens attend to later ones: activations change by "
             f"{change:.0%} when only later tokens change; accepted are causal language models (if this one was "
@@ -194,13 +194,7 @@ def find_part(block: nn.Module, hook: Hook, run: Run, ids_RT: Tensor) -> nn.Modu
         return block
     paths = {name: module for name, module in block.named_modules() if name}
     seen = _pass(block, paths, run, ids_RT)
-    order = list(seen.outputs)
-    attention = [name for name in order if "attn" in name or "attention" in name]
-    others = [name for name in order if name not in attention]
-    if hook == "attn_out":
-        pairs = list(product(attention, others))
-    else:  # what comes before an MLP need not be attention (a convolution, a recurrent layer)
-        pairs = [(a, b) for a in others for b in order if b in attention or order.index(b) < order.index(a)]
+    pairs = _candidates(list(seen.outputs), hook)
     if not pairs:
         children = ", ".join(name for name, _ in block.named_children())
         raise ValueError(
@@ -208,27 +202,55 @@ def find_part(block: nn.Module, hook: Hook, run: Run, ids_RT: Tensor) -> nn.Modu
             "resid_post can be used"
         )
     missed = {pair: _missed(seen, pair) for pair in pairs}
-
-    def preference(pair: tuple[str, str]) -> tuple[float, int, int]:
-        return missed[pair].share, pair[0].count("."), order.index(pair[0])
-
-    fitting = [pair for pair in pairs if missed[pair].fits]
-    for pair in sorted((pair for pair in fitting if pair[0] not in seen.flat), key=preference):
-        without = _pass(block, paths, run, ids_RT, zero=paths[pair[0]])
-        if set(pair) <= set(without.outputs) and _missed(without, pair).fits:
-            return paths[pair[0]]
+    fitting = sorted(
+        (pair for pair in pairs if missed[pair].fits), key=lambda pair: (missed[pair].share, _depth(pair[0]))
+    )
+    for pair in fitting:
+        if pair[0] not in seen.flat:
+            without = _pass(block, paths, run, ids_RT, zero=paths[pair[0]])
+            if set(pair) <= set(without.outputs) and _missed(without, pair).fits:
+                return paths[pair[0]]
     if fitting:
-        raise ValueError(
-            f"model.hook: got {hook!r}, which in {type(block).__name__} is the output of {fitting[0][0]}; but it has not "
-            "the shape [rows, positions, width], or setting it to zero changes more; resid_pre and "
-            "resid_post can be used"
+        part = fitting[0][0]
+        reason = (
+            "has not the shape [rows, positions, width]" if part in seen.flat else "also enters the block elsewhere"
         )
-    best = min(pairs, key=lambda pair: (missed[pair].share, *preference(pair)))
+        raise ValueError(
+            f"model.hook: got {hook!r}, which is the output of {part} in {type(block).__name__}; but that {reason}; "
+            "resid_pre and resid_post can be used"
+        )
+    named = [pair for pair in pairs if not any("norm" in name or _depth(name) for name in pair)] or pairs
+    best = min(named, key=lambda pair: missed[pair].share)
     raise ValueError(
         f"model.hook: got {hook!r}, but no part of {type(block).__name__} is what it adds to the residual stream: "
-        f"resid_pre + attn_out + mlp_out is off by {missed[best].share:.0%} of what the block adds, at best, with the "
-        f"outputs of {best[0]} and {best[1]}; resid_pre and resid_post can be used"
+        f"resid_pre + attn_out + mlp_out is off by {missed[best].share:.0%} of what the block adds, with the outputs of "
+        f"{best[0]} and {best[1]}; resid_pre and resid_post can be used"
     )
+
+
+def _candidates(order: list[str], hook: Hook) -> list[tuple[str, str]]:
+    """Pairs of a part that the hook may mean and the other part of the block, most likely first.
+
+    Arguments:
+        order: names in a block, in the order of computation.
+    """
+    attention = [name for name in order if "attn" in name or "attention" in name]
+    others = [name for name in order if name not in attention]
+    if hook == "attn_out":
+        # A norm behind the attention may be named after nothing; it comes before the other part.
+        behind = order[max(map(order.index, attention), default=len(order)) + 1 :]
+        return [*product(attention, others), *((a, b) for i, a in enumerate(behind) for b in behind[i + 1 :])]
+    # What comes before an MLP need not be attention (a convolution, a recurrent layer), but is not a part of the MLP.
+    return [
+        (a, b)
+        for a in others
+        for b in order
+        if b in attention or (order.index(b) < order.index(a) and b.split(".")[0] != a.split(".")[0])
+    ]
+
+
+def _depth(name: str) -> int:
+    return name.count(".")
 
 
 class _Seen(NamedTuple):
