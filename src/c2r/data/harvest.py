@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.resources import files
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -188,6 +188,8 @@ def load_language_model(config: ModelConfig, device: str | torch.device = "cpu")
             f"Hub id: {error}"
         ) from error
     model = model.to(torch.device(device)).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
+    if config.center_writing_weights:
+        _center(model, config.name)
     return LanguageModel(model, tokenizer, layer=config.layer, hook=config.hook)
 
 
@@ -211,6 +213,38 @@ def _check_fits(config: ModelConfig, architecture: Any, device: torch.device) ->
             f"model.name: the weights of {config.name!r} as {config.dtype}", size, place,
             "lower model.dtype (bfloat16 is half of float32), or take a smaller model",
         )  # fmt: skip
+
+
+@torch.no_grad()
+def _center(model: Any, name: str) -> None:
+    """Subtract from everything that hooks see its mean over coordinates, for good.
+
+    TransformerLens centres the weights that write to the residual stream; what that leaves at each hook point is the
+    centred activation. Nothing is done to models with RMSNorm, as there.
+
+    Raises:
+        ValueError: the model's output depends on that mean, or it cannot be seen how it is normalised.
+    """
+    blocks = _blocks(model)
+    norms = {type(module).__name__ for block in blocks for module in block.modules() if "Norm" in type(module).__name__}
+    if norms and all("RMS" in norm for norm in norms):
+        return
+    few_1T = torch.arange(min(8, model.config.get_text_config().vocab_size), device=next(model.parameters()).device)[
+        None
+    ]
+    before = model(input_ids=few_1T, use_cache=False).logits.float()
+    for block in blocks:
+        for hook in get_args(Hook):
+            with contextlib.suppress(ValueError):  # a block without such a part
+                _hooked(_hooked_module(block, hook), hook, lambda x: x - x.mean(-1, keepdim=True)).__enter__()
+    after = model(input_ids=few_1T, use_cache=False).logits.float()
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.05
+    change = ((after - before).abs().max() / before.std()).item()
+    if not change < tolerance:
+        raise ValueError(
+            f"model.center_writing_weights: the output of {name!r} depends on the mean over coordinates that would be "
+            f"subtracted (logits change by {change:.2g} of their spread); norms of its blocks: {sorted(norms)}"
+        )
 
 
 def _check_layer(layer: int, blocks: int) -> None:

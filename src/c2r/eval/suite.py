@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from c2r.config import DataConfig, ModelConfig
 from c2r.data.harvest import load_language_model, pick_device
 from c2r.data.labelled import check_labelled
 from c2r.data.tokens import check_source
@@ -62,6 +63,8 @@ def evaluate(
     *,
     suites: tuple[str, ...] = ("core", "splitting"),
     model: str | None = None,
+    layer: int | None = None,
+    hook: str | None = None,
     data: dict[str, Any] | None = None,
     tokens: int = 50_000,
     seed: int = 0,
@@ -75,11 +78,15 @@ def evaluate(
 ) -> dict[str, Summary]:
     """Evaluate SAEs that read the same hook point; every result is on disk as soon as it is known.
 
+    Decoder norms are folded first, so that an SAE has the same figures however its norms are written.
+
     Arguments:
         folders: SAE folders, c2r's or SAELens's.
         out: where result files go; None: `evaluations/` beside each SAE folder.
         suites: names in `SUITES` and `MODEL_FREE`.
         model: name of the language model; None: the one each SAE was trained on.
+        layer: block that the SAEs read, counted from 0; None: what each file says.
+        hook: hook point in that block (resid_pre, resid_post, mlp_out, attn_out); None: what each file says.
         data: settings of the text (`DataConfig`) that replace those of training. For `stdlib` the held-out part is
             read; other sources have none, which is said.
         tokens: real tokens to evaluate on.
@@ -113,14 +120,20 @@ def evaluate(
         check_labelled(probe_data)
     chosen_device = pick_device(device)
     names = _names(folders)
-    saes = {name: load_sae(folder).to(chosen_device) for name, folder in names.items()}
+    saes = {name: load_sae(folder).with_unit_rows().to(chosen_device) for name, folder in names.items()}
     kept = Cache(cache)
     settings: dict[str, Any] = {"tokens": tokens, "seed": seed}
     alone = Setting(tokens, seed, console, chosen_device, kept, model)
     runs: dict[str, Run] = {suite: partial(run, alone) for suite, run in MODEL_FREE.items()}
     bench = None
     if not set(suites) <= set(MODEL_FREE):
-        bench = _bench(saes, model, data or {}, tokens, seed, chosen_device, trust_remote_code, kept, console)
+        models = {}
+        for name, sae in saes.items():
+            with _naming(names[name]):
+                models[name] = model_of(sae.config, model, trust_remote_code, layer=layer, hook=hook)
+        with _naming(next(iter(names.values()))):
+            text = data_of(next(iter(saes.values())).config, data or {})
+        bench = _bench(saes, models, text, tokens, seed, chosen_device, kept, console)
         bench.judge, bench.probe_data = judge, probe_data
         settings |= {
             "model": bench.model.model_dump(mode="json"),
@@ -170,26 +183,23 @@ def _outcomes(suite: str, run: Run, saes: dict[str, SAE]) -> Iterator[Outcome]:
 
 def _bench(
     saes: dict[str, SAE],
-    model: str | None,
-    data: dict[str, Any],
+    models: dict[str, ModelConfig],
+    text: DataConfig,
     tokens: int,
     seed: int,
     device: torch.device,
-    trust_remote_code: bool,
     cache: Cache,
     console: Console,
 ) -> Bench:
-    """Load the language model that all of `saes` read, and find the text.
+    """Load the language model that all of `saes` read.
 
     Raises:
         ValueError: SAEs of different hook points, or of another width than the model's activations.
     """
-    models = {name: model_of(sae.config, model, trust_remote_code) for name, sae in saes.items()}
     first = next(iter(models.values()))
     for name, other in models.items():
         if other != first:
             raise ValueError(f"{name} reads {other}, but {next(iter(models))} reads {first}; evaluate them apart")
-    text = data_of(next(iter(saes.values())).config, data)
     check_source(text)
     lm = load_language_model(first, device)
     for name, sae in saes.items():
@@ -199,6 +209,15 @@ def _bench(
     if text.source != "stdlib":
         console.print("[yellow]this source keeps no part from training; the text may have been trained on[/]")
     return Bench(lm, first, text, tokens, seed, cache, console)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Say in which folder `cfg.json` has the fault that is found."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("cfg.json: ", f"{folder}/cfg.json: ", 1)) from error
 
 
 def _names(folders: list[Path]) -> dict[str, Path]:

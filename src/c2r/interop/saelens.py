@@ -141,7 +141,9 @@ def _weights(tensors: dict[str, Tensor], says: Described) -> dict[str, Tensor]:
     for name in sorted(wanted):
         tensor, shape = tensors[name], shapes.get(name, (width,))
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} is {list(tensor.shape)}, cfg.json says {list(shape)} (d_in {d_in}, d_sae {width})")
+            raise ValueError(
+                f"{name} is {list(tensor.shape)}, cfg.json says {list(shape)} (d_in {d_in}, d_sae {width})"
+            )
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name}: {count_not_finite(tensor)}; did the training of this SAE diverge?")
     weights = {name: tensors[name].float().contiguous() for name in wanted}
@@ -178,10 +180,12 @@ def _assembled(weights: dict[str, Tensor], says: Described, config: dict[str, An
     b_enc = weights["b_gate" if says.architecture == "gated" else "b_enc"]
     if says.rescaled:
         norms = row_norms(W_dec)
-        if says.architecture not in ("topk", "abs_topk") and not torch.allclose(norms, torch.ones_like(norms), atol=1e-4):
+        if says.architecture not in ("topk", "abs_topk") and not torch.allclose(
+            norms, torch.ones_like(norms), atol=1e-4
+        ):
             raise ValueError(
-                f"cfg.json: rescale_acts_by_decoder_norm is true in architecture {says.architecture!r} with decoder rows "
-                "that are not of unit norm; read is that with topk and abs_topk"
+                f"cfg.json: rescale_acts_by_decoder_norm is true in architecture {says.architecture!r} with decoder "
+                "rows that are not of unit norm; read is that with topk and abs_topk"
             )
         norm_F = norms.float()
         W_enc, b_enc = W_enc * norm_F[:, None], b_enc * norm_F

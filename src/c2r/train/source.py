@@ -85,6 +85,8 @@ def open_source(config: RunConfig, device: torch.device, console: Console) -> So
         "prepend_bos": bos,
         "dataset_path": data.path or data.source,
     }
+    if config.model.center_writing_weights:
+        metadata["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
     stream = ActivationStream(reader, config.stream, tokens=config.train.tokens, seed=config.seed, device=device)
     return Source(config, stream, d_in, metadata)
 
