@@ -91,6 +91,8 @@ def _argument(path: Path) -> str:
 def evaluate(
     saes: Positional[tuple[Path, ...]],
     model: str | None = None,
+    layer: int | None = None,
+    hook: str | None = None,
     suite: str = "core,splitting",
     out: Path | None = None,
     source: str | None = None,
@@ -116,6 +118,8 @@ def evaluate(
     Args:
         saes: SAE folders that read the same hook point.
         model: Language model: embedded, a folder or a Hub id. Default: the one the SAE was trained on.
+        layer: Block that the SAE reads, counted from 0. Default: what its file says.
+        hook: resid_pre, resid_post, mlp_out or attn_out of that block. Default: what its file says.
         suite: Evaluations, joined by commas.
         out: Folder for the results. Default: evaluations/ beside each SAE.
         source: Text: stdlib, files or hf. Default: that of the SAE's training, its held-out part if there is one.
@@ -150,6 +154,8 @@ def evaluate(
             out,
             suites=tuple(name.strip() for name in suite.split(",")),
             model=model,
+            layer=layer,
+            hook=hook,
             data=_text(changes),
             tokens=tokens,
             probe_data=probe_data,
@@ -171,6 +177,8 @@ def evaluate(
 def audit(
     sae: Positional[Path],
     model: str | None = None,
+    layer: int | None = None,
+    hook: str | None = None,
     out: Path | None = None,
     source: str | None = None,
     path: str | None = None,
@@ -186,6 +194,8 @@ def audit(
     Args:
         sae: SAE folder, c2r's or SAELens's.
         model: Language model: embedded, a folder or a Hub id. Default: the one the SAE was trained on.
+        layer: Block that the SAE reads, counted from 0. Default: what its file says.
+        hook: resid_pre, resid_post, mlp_out or attn_out of that block. Default: what its file says.
         out: Folder for the page and its figures. Default: evaluations/ beside the SAE.
         source: Text: stdlib, files or hf. Default: that of the SAE's training, its held-out part if there is one.
         path: For files: a file, folder or glob; for hf: the data set.
@@ -206,6 +216,8 @@ def audit(
         folder,
         suites=("audit",),
         model=model,
+        layer=layer,
+        hook=hook,
         data=_text({"source": source, "path": path, "split": split, "text_field": text_field}),
         tokens=tokens,
         seed=seed,

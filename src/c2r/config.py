@@ -43,6 +43,9 @@ class ModelConfig(Frozen):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     revision: str | None = None
     trust_remote_code: bool = False
+    center_writing_weights: bool = False
+    """Activations as TransformerLens's option of that name leaves them: their mean over coordinates is subtracted. Of
+    models with LayerNorm, whose output does not depend on that mean; models with RMSNorm are left as they are."""
 
     @property
     def point(self) -> HookPoint:

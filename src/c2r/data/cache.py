@@ -114,9 +114,10 @@ def open_cache(config: RunConfig) -> dict[str, Any]:
 def origin_of(config: RunConfig) -> dict[str, Any]:
     """What the activations of a configuration are made of."""
     model, cache = config.model, config.cache
+    centred = {"center_writing_weights": True} if model.center_writing_weights else {}
     dtype = None if cache is None else cache.dtype
     return {
-        "model": {"name": model.name, "revision": model.revision, "dtype": model.dtype},
+        "model": {"name": model.name, "revision": model.revision, "dtype": model.dtype, **centred},
         "data": config.data.model_dump(mode="json", exclude={"workers"}),
         "seed": config.seed,
         "stream": {"rows": config.stream.rows, "text_tokens": config.stream.text_tokens},

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from c2r.config import DataConfig, Hook, HookPoint, ModelConfig
+from c2r.data.centring import center
 from c2r.data.encode import beyond
 from c2r.data.hook_points import Reached as _Reached
 from c2r.data.hook_points import Replace, check_causal, find_blocks, find_part, until
@@ -214,6 +215,10 @@ class LanguageModel:
         """The decoder blocks, in their order."""
         return self._blocks.modules
 
+    def center(self, name: str) -> None:
+        """Subtract from what the hooks see its mean over coordinates, for good; see `c2r.data.centring`."""
+        center(self.model, self.blocks, self._run, self._few, name)
+
     def replacing(self, replace: Replace) -> contextlib.AbstractContextManager[None]:
         """While entered, the hook's output passes through `replace`, whose result takes its place."""
         return _hooked(self._module, self.hook, replace)
@@ -259,6 +264,8 @@ def load_language_model(config: ModelConfig, device: str | torch.device = "cpu")
     model = model.to(place).eval().requires_grad_(False)
     lm = LanguageModel(model, tokenizer, layer=config.layer, hook=config.hook)
     fit_tokenizer(tokenizer, lm.embeddings)
+    if config.center_writing_weights:
+        lm.center(config.name)
     return lm
 
 

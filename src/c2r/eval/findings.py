@@ -203,9 +203,12 @@ def _penalty(seen: Seen) -> Finding:
 
 
 def _norms(seen: Seen) -> Finding:
-    off = (seen.sae.W_dec.norm(dim=1) - 1).abs().max().item()
+    norm_F = seen.sae.W_dec.norm(dim=1) if seen.sae.given_norms_F is None else seen.sae.given_norms_F
+    off = (norm_F - 1).abs().max().item()
     says = f"Decoder rows depart from unit norm by at most {off:.2g}."
     means = "Activations of different latents are on one scale."
     if off > 0.01:
-        means = "Activations of different latents are not on one scale: multiply them by their row's norm to compare."
+        means = (
+            "In the file, activations of different latents are not on one scale; here their row's norm is folded in."
+        )
     return Finding("decoder norms", says, means, off > 0.01, {"decoder_norm_off": off})

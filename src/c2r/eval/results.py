@@ -85,7 +85,7 @@ def write_result(
         "sae_lens_release_id": "c2r",
         "sae_lens_version": sae_config.get("metadata", {}).get("sae_lens_version"),
         "sae_cfg_dict": sae_config,
-        "eval_result_unstructured": unstructured or {},
+        "eval_result_unstructured": (unstructured or {}) | {"not_a_number": _not_numbers(metrics)},
     }
     try:
         keep_earlier(path, content, console)
@@ -95,6 +95,16 @@ def write_result(
         write_json(aside, content)
         raise ValueError(f"{error}; the result is in {aside}") from error
     return path
+
+
+def _not_numbers(metrics: Metrics) -> list[str]:
+    """Figures that there are none of, `category.name`: in `core` they stand as −1, which others may be too."""
+    return [
+        f"{category}.{name}"
+        for category, figures in metrics.items()
+        for name, value in figures.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
 
 
 def keep_earlier(path: Path, content: dict[str, Any], console: Console | None = None) -> None:

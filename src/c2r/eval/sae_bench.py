@@ -156,6 +156,10 @@ def _model_name(which: str, ravel: dict[str, str], batches: dict[str, int], mode
             raise ValueError(f"--model: got {model.name!r}; sae-bench accepts names that TransformerLens knows")
         if model.revision is not None:
             raise ValueError(f"model.revision: got {model.revision!r}; sae-bench loads the main one alone")
+        if model.center_writing_weights:
+            raise ValueError(
+                "model.center_writing_weights: got true; sae-bench loads models whose weights are as they are"
+            )
     if which == "ravel":
         if short not in ravel:
             raise ValueError(f"--model: got {model.name!r}; sae-bench's RAVEL accepts {', '.join(ravel.values())}")

@@ -85,7 +85,8 @@ def doubts(configs: list[dict[str, Any]]) -> list[str]:
     if len(configs) < 3:
         found.append(f"{len(configs)} SAEs; 3 seeds or more are recommended")
     ours = [config["c2r"] for config in configs if "c2r" in config]
-    seeds = [one.get("seed") if one["sae"].get("seed") is None else one["sae"]["seed"] for one in ours]
+    own = [(one.get("sae") or {}).get("seed") for one in ours]
+    seeds = [one.get("seed") if seed is None else seed for one, seed in zip(ours, own, strict=True)]
     if len(set(seeds)) < len(seeds):
         found.append(f"initialised with the seeds {seeds}; SAEs of one seed start alike, and agree for that reason")
     settings = [{part: dict(one.get(part) or {}) for part in ("model", "data", "train", "sae")} for one in ours]

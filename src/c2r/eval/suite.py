@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from c2r.config import DataConfig, ModelConfig
 from c2r.data.harvest import load_language_model, pick_device
 from c2r.data.identify import Identity, identity_of
 from c2r.data.labelled import check_labelled
@@ -22,7 +23,7 @@ from c2r.eval.bench import FAILURES, Bench, Cache, Evaluation, ModelFree, Outcom
 from c2r.eval.core import run_core
 from c2r.eval.first_letter_absorption import AbsorptionEvaluation, run_absorption
 from c2r.eval.judge import JudgeConfig, endpoint_of
-from c2r.eval.origin import model_of, text_of_all
+from c2r.eval.origin import data_of, model_of, text_of_all
 from c2r.eval.probing import run_probing
 from c2r.eval.recovery import run_recovery
 from c2r.eval.results import unfinished, write_result
@@ -66,6 +67,8 @@ def evaluate(
     *,
     suites: tuple[str, ...] = ("core", "splitting"),
     model: str | None = None,
+    layer: int | None = None,
+    hook: str | None = None,
     data: dict[str, Any] | None = None,
     tokens: int = 50_000,
     seed: int = 0,
@@ -79,6 +82,8 @@ def evaluate(
 ) -> dict[str, Summary]:
     """Evaluate SAEs that read the same hook point; every result is on disk as soon as it is known.
 
+    Decoder norms are folded first, so that an SAE has the same figures however its norms are written.
+
     Arguments:
         folders: SAE folders, c2r's or SAELens's.
         out: where result files go; None: `evaluations/` beside each SAE folder.
@@ -86,6 +91,8 @@ def evaluate(
         model: name of the language model; None: the one each SAE was trained on.
         data: settings of the text (`DataConfig`) that replace those of training. The part that training left
             out is read, where there is one; else all, which is said. SAEs of different text need a text named here.
+        layer: block that the SAEs read, counted from 0; None: what each file says.
+        hook: hook point in that block (resid_pre, resid_post, mlp_out, attn_out); None: what each file says.
         tokens: real tokens to evaluate on.
         trust_remote_code: whether code that a model brings may run; an SAE's own word on that is not taken.
         cache: folder for activations; None: `$C2R_CACHE`, or `c2r` in the user's cache folder.
@@ -121,7 +128,7 @@ def evaluate(
         check_labelled(probe_data)
     chosen_device = pick_device(device)
     names = _names([folder.expanduser() for folder in folders])
-    saes = {name: load_sae(folder).to(chosen_device) for name, folder in names.items()}
+    saes = {name: load_sae(folder).with_unit_rows().to(chosen_device) for name, folder in names.items()}
     out = None if out is None else out.expanduser()
     results = {name: out or folder.parent / "evaluations" for name, folder in names.items()}
     for folder in dict.fromkeys(results.values()):
@@ -132,7 +139,13 @@ def evaluate(
     runs: dict[str, Run] = {suite: partial(run, alone) for suite, run in MODEL_FREE.items()}
     bench, identity = None, {"activations": ACTIVATIONS, "code": versions()}
     if not set(suites) <= set(MODEL_FREE):
-        bench = _bench(saes, model, data or {}, tokens, seed, chosen_device, trust_remote_code, kept, console)
+        models = {}
+        for name, sae in saes.items():
+            with _naming(names[name]):
+                models[name] = model_of(sae.config, model, trust_remote_code, layer=layer, hook=hook)
+                data_of(sae.config, data or {})  # so that what is wrong is said with its folder
+        text = text_of_all({name: sae.config for name, sae in saes.items()}, data or {})
+        bench = _bench(saes, models, text, tokens, seed, chosen_device, kept, console)
         bench.judge, bench.probe_data = judge, probe_data
         settings |= {
             "model": bench.model.model_dump(mode="json"),
@@ -206,26 +219,23 @@ def _outcomes(suite: str, run: Run, saes: dict[str, SAE]) -> Iterator[Outcome]:
 
 def _bench(
     saes: dict[str, SAE],
-    model: str | None,
-    data: dict[str, Any],
+    models: dict[str, ModelConfig],
+    text: DataConfig,
     tokens: int,
     seed: int,
     device: torch.device,
-    trust_remote_code: bool,
     cache: Cache,
     console: Console,
 ) -> Bench:
-    """Load the language model that all of `saes` read, and find the text.
+    """Load the language model that all of `saes` read.
 
     Raises:
         ValueError: SAEs of different hook points or text, or of another width than the model's activations.
     """
-    models = {name: model_of(sae.config, model, trust_remote_code) for name, sae in saes.items()}
     first = next(iter(models.values()))
     for name, other in models.items():
         if other != first:
             raise ValueError(f"{name} reads {other}, but {next(iter(models))} reads {first}; evaluate them apart")
-    text = text_of_all({name: sae.config for name, sae in saes.items()}, data)
     check_source(text)
     lm = load_language_model(first, device)
     lm.check_data(text, first.name)
@@ -237,6 +247,15 @@ def _bench(
     if not bench.held_out:
         console.print("[yellow]this source keeps no part from training; the text may have been trained on[/]")
     return bench
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Say in which folder `cfg.json` has the fault that is found."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("cfg.json: ", f"{folder}/cfg.json: ", 1)) from error
 
 
 def _names(folders: list[Path]) -> dict[str, Path]:

@@ -48,8 +48,8 @@ def check_folder(folder: Path) -> None:
     for marks, family in _FAMILIES:
         if all((folder / mark).is_file() for mark in marks):
             raise ValueError(
-                f"{folder}: recognised as a folder of {family}; reading these is not supported yet. Read are folders of "
-                f"c2r and SAELens: {CONFIG} and {WEIGHTS}"
+                f"{folder}: recognised as a folder of {family}; reading these is not supported yet. Read are folders "
+                f"of c2r and SAELens: {CONFIG} and {WEIGHTS}"
             )
     files = sorted(path.name for path in folder.iterdir())
     for name in files:

@@ -83,6 +83,7 @@ class HandedSAE(nn.Module):
             str(sae.W_dec.dtype).removeprefix("torch."),
             sae.architecture,
             sae.subtract_b_dec,
+            prepend_bos=sae.config.get("metadata", {}).get("prepend_bos") is not False,
         )
 
     @property

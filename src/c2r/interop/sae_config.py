@@ -148,9 +148,8 @@ def checked(raw: Any) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"expected an object, got {type(raw).__name__}")
     config: dict[str, Any] = {}
-    for key, value in raw.items():
-        name = _RENAMED.get(key, key)
-        _set(config, name, value, key)
+    for key, value in dict[str, Any](raw).items():
+        _set(config, _RENAMED.get(key, key), value, key)
     if config.get("c2r", {}) is None:
         raise ValueError("c2r: got null; accepted is an object, or no such key")
     _validate(_File, config)
@@ -158,7 +157,7 @@ def checked(raw: Any) -> dict[str, Any]:
     for key in Metadata.model_fields:
         if key in config:
             _set(metadata, key, config.pop(key), key)
-    for key, value in (config.get("metadata") or {}).items():
+    for key, value in dict[str, Any](config.get("metadata") or {}).items():
         _set(metadata, _RENAMED.get(key, key), value, f"metadata.{key}")
     _validate(Metadata, metadata)
     return config | {"metadata": metadata}
@@ -228,8 +227,8 @@ def _input_scale(config: dict[str, Any]) -> float:
     if how in (True, "expected_average_only_in"):
         if factor is None:
             raise ValueError(
-                f"normalize_activations is {how!r}: activations are scaled to an average norm, and the file does not say "
-                "by what; read are 'none', or a norm_scaling_factor beside it (what activations are multiplied by)"
+                f"normalize_activations is {how!r}: activations are scaled to an average norm, and the file does not "
+                "say by what; read are 'none', or a norm_scaling_factor beside it (what activations are multiplied by)"
             )
         if not 0 < factor < float("inf"):
             raise ValueError(f"norm_scaling_factor is {factor!r}; accepted are numbers above 0")

@@ -184,8 +184,8 @@ def _assembled(weights: dict[str, Tensor], says: Described, config: dict[str, An
             norms, torch.ones_like(norms), atol=1e-4
         ):
             raise ValueError(
-                f"cfg.json: rescale_acts_by_decoder_norm is true in architecture {says.architecture!r} with decoder rows "
-                "that are not of unit norm; read is that with topk and abs_topk"
+                f"cfg.json: rescale_acts_by_decoder_norm is true in architecture {says.architecture!r} with decoder "
+                "rows that are not of unit norm; read is that with topk and abs_topk"
             )
         norm_F = norms.float()
         W_enc, b_enc = W_enc * norm_F[:, None], b_enc * norm_F

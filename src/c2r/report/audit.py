@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,23 @@ def _pair(pair: dict[str, Any]) -> str:
     for name, found in zip("ij", pair["snippets"], strict=True):
         for snippet in found:
             before, token, after = (html.escape(_visible(snippet[key])) for key in ("before", "token", "after"))
-            texts += f"<br>{name} <small>{snippet['activation']:.2f}</small> <code>{before}<b>{token}</b>{after}</code>"
+            # Isolated, so that text that runs from right to left turns nothing around it.
+            code = f"<bdi><code>{before}<b>{token}</b>{after}</code></bdi>"
+            texts += f"<br>{name} <small>{snippet['activation']:.2f}</small> {code}"
     return f"<p>{html.escape(head)}{texts}</p>"
 
 
 def _visible(text: str) -> str:
-    """White space that a page would swallow, as signs."""
-    return text.replace("\n", "↵").replace("\t", "→").replace("  ", "··")
+    """White space that a page would swallow, and characters that it may not hold or that turn text around, as signs."""
+    text = text.replace("\n", "↵").replace("\t", "→").replace("  ", "··")
+    return "".join(map(_sign, text))
+
+
+def _sign(letter: str) -> str:
+    """The letter itself, or what stands for one that is not to be in a page: control and format characters."""
+    code = ord(letter)
+    if code < 32 or code == 127:
+        return chr(0x2400 + (code if code < 32 else 33))  # the pictures of control characters
+    kind = unicodedata.category(letter)
+    joins = letter in ("\u200c", "\u200d")  # parts of words and of emoji
+    return f"⟨U+{code:04X}⟩" if kind in ("Cc", "Cs", "Zl", "Zp") or (kind == "Cf" and not joins) else letter

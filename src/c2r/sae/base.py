@@ -182,7 +182,7 @@ class SAE(nn.Module):
         return self if self.rank is None else self._scaled(self.rank.double())
 
     def _scaled(self, by_F: Tensor) -> SAE:
-        """The same function with activations `by_F` times as large, fp64 and positive, and decoder rows as much less."""
+        """The same function with activations `by_F` times as large, positive fp64, and decoder rows as much less."""
 
         def times(tensor: Tensor | None, power: int = 1) -> Tensor | None:
             if tensor is None:
@@ -195,7 +195,9 @@ class SAE(nn.Module):
             if bool((rank_F - rank_F[0]).abs().max() > _ROUNDING * rank_F[0]):  # equal factors change no order
                 rank = (rank_F / rank_F.max()).to(self.W_enc.dtype)
         W_enc, b_enc, W_dec = times(self.W_enc), times(self.b_enc), times(self.W_dec, -1)
-        assert W_enc is not None and b_enc is not None and W_dec is not None
+        assert W_enc is not None
+        assert b_enc is not None
+        assert W_dec is not None
         r_mag = None if self.r_mag is None else self.r_mag.detach().clone()
         scaled = SAE(
             W_enc, b_enc, W_dec, self.b_dec.detach().clone(), architecture=self.architecture,

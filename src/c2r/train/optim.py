@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from c2r.config import TrainConfig
+from c2r.sae.base import SAE
 
+FAINT = 0.01
+"""Norm of the encoder's row of a latent that is started afresh within an SAE that exists."""
 _ROWS, _ROWS_ON_A_GPU = 1024, 8192
 """Rows of a pass over F×D that stay in a CPU's cache between its operations; on a GPU each piece is launches."""
 
@@ -40,6 +43,34 @@ def random_unit_rows(width: int, d_in: int, seed: int) -> Tensor:
     """Random directions `[F, D]`, drawn on the CPU so that a seed means the same everywhere."""
     rows_FD = torch.randn(width, d_in, generator=torch.Generator().manual_seed(seed))
     return rows_FD / rows_FD.norm(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def at_unit_norm(sae: SAE, seed: int) -> SAE:
+    """The SAE with decoder rows of norm 1, as training holds them; it computes the same.
+
+    A row of zeros has no direction to hold, and training would divide by its norm: such a latent gets a random
+    direction from `seed`, and an encoder so faint along it that what the SAE computes is all but unchanged.
+    """
+    sae = sae.with_unit_rows()
+    empty_F = sae.W_dec.norm(dim=1) < 0.5
+    if not bool(empty_F.any()):
+        return sae
+    rows_FD = random_unit_rows(sae.width, sae.d_in, seed).to(sae.W_dec)
+    fresh = SAE(
+        torch.where(empty_F[:, None], FAINT * rows_FD, sae.W_enc),
+        sae.b_enc.masked_fill(empty_F, 0),
+        torch.where(empty_F[:, None], rows_FD, sae.W_dec),
+        sae.b_dec.detach().clone(),
+        architecture=sae.architecture,
+        extra=sae.extra._replace(
+            b_mag=None if sae.b_mag is None else sae.b_mag.masked_fill(empty_F, 0),
+            r_mag=None if sae.r_mag is None else sae.r_mag.masked_fill(empty_F, 0),
+        ),
+        subtract_b_dec=sae.subtract_b_dec,
+        config=sae.config,
+    )
+    return fresh.requires_grad_(sae.W_dec.requires_grad)
 
 
 def adam(parameters: Sequence[Tensor], lr: float) -> torch.optim.Adam:

@@ -23,6 +23,7 @@ from c2r.sae.topk import BatchTopK
 from c2r.train.consistency import Consistency
 from c2r.train.optim import (
     adam,
+    at_unit_norm,
     clip_gradients,
     geometric_median,
     learning_rate_factor,
@@ -53,7 +54,8 @@ class Run(Generic[Config]):
         d_in: D.
         seed: of the initialisation, where `config.seed` has none.
         device: where weights live and batches arrive.
-        start: weights to begin with in place of random ones, on activations as they will be trained on.
+        start: weights to begin with instead of random ones, on activations as they will be trained on. Where the method
+            holds decoder rows at unit norm, their norms are folded first: see `at_unit_norm`.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class Run(Generic[Config]):
         self.train, self.recipe = train, RECIPES[config.method]
         self.seed = seed if config.seed is None else config.seed
         self.fresh = start is None
+        if start is not None and self.recipe.unit_rows:
+            start = at_unit_norm(start, self.seed)
         self.sae = (self._random_sae(d_in) if start is None else start).to(device)
         self._hold_thresholds()
         self.threshold = torch.tensor(-1.0, device=device)
@@ -362,7 +366,10 @@ def rescaled(sae: SAE, scale: float, architecture: Any, extra: Extra) -> SAE:
     def grown(tensor: Tensor | None, by: float) -> Tensor | None:
         return None if tensor is None else (tensor * by).detach().clone()
 
-    extra = Extra(grown(extra.threshold, scale), grown(extra.r_mag, 1.0), grown(extra.b_mag, scale), extra.k)
+    extra = extra._replace(
+        threshold=grown(extra.threshold, scale), r_mag=grown(extra.r_mag, 1.0), b_mag=grown(extra.b_mag, scale),
+        rank=grown(extra.rank, 1.0),
+    )  # fmt: skip
     rows = [sae.W_enc, sae.b_enc * scale, sae.W_dec, sae.b_dec * scale]
     return SAE(
         *(row.detach().clone() for row in rows), architecture=architecture, extra=extra,

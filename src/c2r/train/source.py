@@ -108,6 +108,8 @@ def open_source(config: RunConfig, device: torch.device, console: Console) -> So
     stream = ActivationStream(
         reader, config.stream, tokens=config.train.tokens, seed=config.seed, device=device, decode=reader.decode
     )
+    if config.model.center_writing_weights:
+        metadata["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
     return Source(config, stream, d_in, metadata, identity, skipped)
 
 

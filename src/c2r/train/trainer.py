@@ -98,7 +98,7 @@ class _Progress:
 
 
 def _train(config: RunConfig, checkpoint: Checkpoint | None, overwrite: bool, console: Console) -> dict[str, Path]:
-    starts = {sae.name: None if checkpoint else check_start(sae) for sae in config.saes}
+    starts = {sae.name: None if checkpoint else check_start(sae, config, console) for sae in config.saes}
     device = pick_device(config.train.device)
     check_selection(config.train, device)
     if device.type == "cpu":
