@@ -1,4 +1,4 @@
-"""A part of every source that training never reads: chosen by content, read by evaluations, and said where there is none."""
+"""A part of every source that training never reads: chosen by content, read by evaluations."""
 
 import itertools
 import json
@@ -92,7 +92,7 @@ def test_a_long_document_is_in_one_part_as_a_whole(tmp_path: Path) -> None:
     parts = [list(packed_rows(config, tokenizer, rows=64, held_out=held_out)) for held_out in (True, False)]
     texts = ["".join(tokenizer.decode(part.ids[:, 1:].flatten()) for part in rows) for rows in parts]
     assert sum(text.count("Nr ") for text in texts) == 12
-    assert all(4 <= text.count("Nr ") for text in texts)
+    assert all(text.count("Nr ") >= 4 for text in texts)
     assert sum(text.count("word of a long text") for text in texts) == 12 * 4000
     for rows, held_out in zip(parts, (True, False), strict=True):
         for number in (1, len(rows) // 2, len(rows) - 1):
