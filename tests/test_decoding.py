@@ -1,4 +1,4 @@
-"""Bytes to text: read as what they certainly are, otherwise refused with file, place and key; bad records are counted."""
+"""Bytes to text: read as what they certainly are, else refused with file, place and key; bad records are counted."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""A part of every source that training never reads: chosen by content, read by evaluations, and said where there is none."""
+"""A part of every source that training never reads: chosen by content, read by evaluations."""
 
 import itertools
 import json

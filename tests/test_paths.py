@@ -1,4 +1,4 @@
-"""Which files a path names: the one of that name first, globs otherwise; links are followed, nothing is lost in silence."""
+"""Which files a path names: the one of that name first, globs otherwise; links are followed."""
 
 import os
 from pathlib import Path
@@ -32,9 +32,7 @@ def test_what_exists_is_that_file(tmp_path: Path) -> None:
     assert names(folder / "part[12].jsonl") == ["part1.jsonl", "part2.jsonl"]
     assert names(folder / "*.jsonl") == ["part1.jsonl", "part2.jsonl", "part[1].jsonl"]
     assert names(tmp_path / "corpus [v1]" / "**" / "part[1]*") == ["part1.jsonl"]
-    assert names(tmp_path / "**" / "*.jsonl") == ["x.jsonl", "part1.jsonl", "part2.jsonl", "part[1].jsonl"][1:] + [
-        "x.jsonl"
-    ]
+    assert names(tmp_path / "**" / "*.jsonl") == ["part1.jsonl", "part2.jsonl", "part[1].jsonl", "x.jsonl"]
     (folder / "part1.jsonl").unlink()
     assert names(folder / "part[1]*") == ["part[1].jsonl"]  # as a set of characters it would match nothing
     check_labelled(str(folder / "part[1].jsonl"))

@@ -1,7 +1,6 @@
 """Long text in pieces: the same tokens as the whole, the same pieces from any of them on, and little memory."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,11 @@ from c2r.data.pieces import Cuts, characters, pieces
 from c2r.data.tokens import packed_rows
 from helpers import TEXT, tiny_tokenizer
 
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+EXTRA = ["naïve", "мир", "こんにちは", "世界", "x1", "12345678", "don't", "…", "—", "<s>", "▁", "Ġ", "é", "😀"]
 SMALL = 200
 """Characters of a piece in these tests."""
 
@@ -27,22 +30,7 @@ SMALL = 200
 def sample(seed: int, words: int = 900) -> str:
     """Words of several scripts, numbers, signs, runs of blanks and line breaks."""
     rng = random.Random(seed)
-    known = TEXT.split() + [
-        "naïve",
-        "мир",
-        "こんにちは",
-        "世界",
-        "x1",
-        "12345678",
-        "don't",
-        "…",
-        "—",
-        "<s>",
-        "▁",
-        "Ġ",
-        "e\u0301",
-        "😀",
-    ]
+    known = [*TEXT.split(), *EXTRA]
     breaks = [" ", " ", " ", " ", "  ", "\n", "\n\n", ".\n", ". ", "\t", "\n    ", "\r\n", "\u00a0", "。\n"]
     return "".join(rng.choice(known) + rng.choice(breaks) for _ in range(words))
 
@@ -123,12 +111,11 @@ TOKENIZERS = {
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of some hundred characters."""
     monkeypatch.setattr(c2r.data.pieces, "PIECE", SMALL)
     monkeypatch.setattr(c2r.data.encode, "PIECE", SMALL)
     monkeypatch.setattr(c2r.data.pieces, "_STEP", 32)
-    yield
 
 
 def cuts_of(tokenizer: Any) -> Cuts:

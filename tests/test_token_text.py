@@ -73,7 +73,7 @@ def test_blanks_at_the_beginning_survive() -> None:
 
 def test_pairs_to_read_show_both() -> None:
     ids = ids_of(PIECES, WRITTEN)
-    emoji = [n for n, piece in enumerate(PIECES.convert_ids_to_tokens(ids)) if piece == "<0xF0>"][0]
+    emoji = next(n for n, piece in enumerate(PIECES.convert_ids_to_tokens(ids)) if piece == "<0xF0>")
     acts = torch.zeros(len(ids), 1)
     acts[emoji + 1] = 1.0  # a byte in the middle
     cofiring = Cofiring(torch.eye(1))

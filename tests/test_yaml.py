@@ -44,7 +44,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ("true: x\n", r"got 'true', which YAML reads as bool"),
         ("? [a, b]\n: x\n", r"line 1: a key is a name"),
         ("seed: 1\n---\nseed: 2\n", r"line 2: a second document begins"),
-        ("train:\n\tlr: 1\n", r"line 2, column 1: a tab; YAML is indented by blanks"),
+        ("train:\n\tlr: 1\n", r"line 2, column 1: a tab; YAML is indented with spaces"),
         ("a: &x [*x]\n", "not readable YAML"),
         ("a: {b: }\n", r"line 1, .*: nothing given"),
     ],

@@ -1,4 +1,4 @@
-"""YAML as configurations are written: what YAML 1.1 would do in silence is an error or is left as it was written.
+"""YAML as configurations are written: where YAML 1.1 silently does something else, an error or the text as written.
 
 An error: a key given twice or without a value, a key that is no text, a second document, tabs. Left as written: `no`,
 `on`, `12:30`, `007` and `2024-01-31` stay text (true and false alone are booleans).
@@ -10,6 +10,8 @@ import re
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.scanner import ScannerError
 
 
 class _Fault(ValueError):
@@ -40,8 +42,8 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_null(self, node: Any) -> None:
         if not node.value:  # an empty `c2r:` would train a baseline in silence
             raise _Fault(
-                f"line {node.start_mark.line + 1}, {_snippet(node)!r}: nothing given; fill it in, leave it out, or write "
-                "null where nothing is meant"
+                f"line {node.start_mark.line + 1}, {_snippet(node)!r}: nothing given; fill it in, leave it out, or "
+                "write null where nothing is meant"
             )
 
 
@@ -73,16 +75,16 @@ def load_yaml(text: str) -> Any:
         return _unshared(yaml.load(text, Loader=_Loader))
     except _Fault:
         raise
-    except yaml.composer.ComposerError as error:
+    except ComposerError as error:
         if error.problem == "but found another document":
             line = error.problem_mark.line + 1 if error.problem_mark else 0
             raise ValueError(f"line {line}: a second document begins; a file holds one configuration") from error
         raise ValueError(f"it is not readable YAML: {error}") from error
-    except yaml.scanner.ScannerError as error:
+    except ScannerError as error:
         mark = error.problem_mark
         if mark is not None and "\\t" in (error.problem or ""):
             raise ValueError(
-                f"line {mark.line + 1}, column {mark.column + 1}: a tab; YAML is indented by blanks"
+                f"line {mark.line + 1}, column {mark.column + 1}: a tab; YAML is indented with spaces"
             ) from error
         raise ValueError(f"it is not readable YAML: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

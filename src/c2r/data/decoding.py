@@ -1,4 +1,4 @@
-"""Bytes of files to text: by the byte order mark, else the configured encoding, else strict UTF-8; nothing is guessed."""
+"""Bytes of files to text: by the byte order mark, else the configured encoding, else strict UTF-8. No guesses."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def codec_of(head: bytes, encoding: str | None, section: str, path: Path) -> Cod
     likely = _wide(head)
     if likely is not None:
         raise ValueError(
-            f"{section}.path: {path} is not UTF-8: it looks like {likely.upper()} without a byte order mark (a zero byte "
-            f"at offset {head.index(0)}); say what it is: {section}.encoding: {likely}, or utf-8 if it is that after all"
+            f"{section}.path: {path} looks like {likely.upper()} without a byte order mark (zero bytes, the first at "
+            f"offset {head.index(0)}); name its encoding: {section}.encoding: {likely}, or utf-8 if it is that"
         )
     return Codec("utf-8", 0)
 
@@ -65,14 +65,14 @@ def _wide(head: bytes) -> str | None:
         if len(head) >= 8 and min(zeros[place] for place in high) >= 0.9 * units:
             return name
     even, odd = zeros[0] + zeros[2], zeros[1] + zeros[3]
-    # A text in few letters beyond ASCII has zeros in blanks and line breaks alone; always in one half of each unit.
+    # Text in other alphabets has zeros in spaces and line breaks alone, but always in the same half of each unit.
     if total >= 2 and not (even and odd) and total >= (0.2 if total < 8 else 0.02) * len(head):
         return "utf-16-le" if odd else "utf-16-be"
     return None
 
 
 def open_text(path: Path, encoding: str | None, section: str) -> tuple[io.TextIOWrapper, Codec]:
-    """A text file, opened after its byte order mark; line ends are read as `\\n`.
+    """A text file, opened after its byte order mark; all kinds of line ends are read as line feeds.
 
     Raises:
         ValueError: see `codec_of`.

@@ -25,7 +25,7 @@ class Document(NamedTuple):
     where: str = ""
     """Field of the configuration, and place in the source, for errors: `data.tokens_field: corpus.jsonl:7`."""
     before: str = ""
-    """The end of the piece before this one, without which the first tokens may be others; "" where a document begins."""
+    """The end of the preceding piece, without which the first tokens may differ; "" where a document begins."""
     more: bool = False
     """Whether the document continues in the next piece."""
 

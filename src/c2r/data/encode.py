@@ -118,9 +118,9 @@ class Encode:
         if document.mask is not None:
             real &= document.mask
         # Chats and tokenised data may have an end of their own.
-        if self.ends and eos is not None and not document.more:
-            if document.form == "text" or len(ids) == 0 or ids[-1] != eos:
-                ids, real = np.append(ids, np.asarray([eos], np.int32)), np.append(real, self.real[eos])
+        ended = document.more or (document.form != "text" and len(ids) > 0 and ids[-1] == eos)
+        if self.ends and eos is not None and not ended:
+            ids, real = np.append(ids, np.asarray([eos], np.int32)), np.append(real, self.real[eos])
         return Encoded(ids, real, document.more)
 
     def _check_embedded(self, ids: np.ndarray, where: str) -> None:

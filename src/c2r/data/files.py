@@ -23,7 +23,7 @@ __all__ = ["FileReader", "file_paths", "jsonl_records", "parquet_records", "zstd
 
 
 class FileReader:
-    """Documents of local files: a `.txt` file is one, which comes in pieces if it is long; others hold one a line or row.
+    """Documents of local files: a `.txt` file is one (in pieces if it is long), others hold one per line or row.
 
     The seed shuffles the files; within a file, documents come in their order.
 

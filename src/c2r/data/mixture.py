@@ -84,7 +84,8 @@ class Part:
         if self._documents is None:
             documents = read_shard(self.reader, self.seed + self.passes, self.shard, self._at)
             self._documents = self.encoder.encoded(documents)
-        for encoded, self._at in self._documents:
+        for encoded, position in self._documents:
+            self._at = position
             if encoded.bad is None:
                 self._real = self._real or bool(encoded.real.any())
                 return encoded

@@ -1,11 +1,11 @@
 """Long text in pieces whose tokens are those of the whole, so that a book or a corpus in one file needs little memory.
 
-Where may a text be cut? Only between a letter and a blank or line break that a letter follows, or after a line break that
-a letter follows; only if no entry of the vocabulary has two such characters side by side, so that no token can lie
-across the cut; and only with tokenizers made of parts that look at a few characters at a time. No merge of byte-pair
-encoding then ever joins the two sides, so each develops as it would alone, and the best path of a unigram model goes
-through the cut. What a tokenizer does at the beginning of a text (SentencePiece puts a blank there) is undone by giving
-each piece the end of the one before, whose tokens are dropped. At each cut the claim is tried on the text around it.
+Text is cut only between a letter and a space or line break that a letter follows, or after a line break that a letter
+follows; only if no entry of the vocabulary has two such characters side by side, so that no token can span the cut;
+and only for tokenizers whose parts are known to look at a few characters at a time. Then no merge of byte-pair encoding
+ever joins the two sides, so each develops as it would alone, and the best path of a unigram model passes through the
+cut. What a tokenizer does at the beginning of a text (SentencePiece puts a space there) is undone by encoding each piece
+together with the end of the preceding one, whose tokens are then dropped. At each cut this is checked on the text around.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SPLITTERS = {
     "BertPreTokenizer", "CharDelimiterSplit",
 }  # fmt: skip
 _WORDS = {"Metaspace", "Whitespace", "WhitespaceSplit", "BertPreTokenizer"}
-"""Those that leave no pre-token across a blank."""
+"""Those that end each pre-token at a space."""
 
 
 class Piece(NamedTuple):
@@ -46,7 +46,7 @@ class Cuts:
     """Where text can be cut so that a tokenizer gives the pieces the tokens of the whole.
 
     Arguments:
-        tokenizer: of the language model. Text for one that is not understood, such as one written in Python, is not cut.
+        tokenizer: of the language model. One whose parts are not known (such as one in Python) gets its text whole.
         encode: text to token ids, nothing added.
     """
 
@@ -145,7 +145,7 @@ def _places(tokenizer: Any) -> list[str]:
         return []
     if model != "BPE" and not (model in ("Unigram", "WordPiece", "WordLevel") and _splits_words(splitters)):
         return []
-    # The vocabulary's own signs: bytes are written as characters by byte-level tokenizers, blanks as ▁ by SentencePiece.
+    # As the vocabulary writes them: byte-level tokenizers have a character per byte, SentencePiece has ▁ for a space.
     if "ByteLevel" in splitters:
         letter, blank, line = "(?![ĠĊčĉ])[A-Za-z\u00a1-\u0143]", "Ġ", "Ċ"
     else:

@@ -57,7 +57,7 @@ class Windows:
 
     def read(self, seed: int, start: Any = None) -> Read:
         """See `Reader`."""
-        at, number, served, done = (*(start or (None, 0, 0)), 0)[:4]
+        at, number, served, done = _window_position(start)
         source = self.reader.read(seed, at)
         while True:
             window: list[list[Document]] = []
@@ -81,6 +81,12 @@ class Windows:
                     )
                 done = 0
             at, number, served = after, number + 1, 0
+
+
+def _window_position(start: Any) -> tuple[Any, int, int, int]:
+    """Position of the window, its number, documents of it that were served, and pieces of the next one."""
+    at, number, served, *pieces = start or (None, 0, 0)
+    return at, number, served, pieces[0] if pieces else 0
 
 
 class SpellingLists:
@@ -110,7 +116,7 @@ def open_reader(
         section: where the source stands in the configuration.
         source: the source.
         held_out: text to evaluate on, which training leaves out. Of `stdlib`, files that the embedded model is not
-            trained on either; of other sources, the share `held_out`. See `held_out_kept` for sources that keep nothing.
+            trained on either; of other sources, the share `held_out`. `held_out_kept` says whether there is any.
         cuts: where long text may be cut into pieces; None: nowhere.
         kept: whether the source keeps a part from training, if that is known; None looks.
 

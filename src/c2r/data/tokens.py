@@ -210,8 +210,9 @@ def _check_start(text: Position, start: Position) -> None:
 def text_rows(
     texts: Sequence[str], tokenizer: Any, *, context: int, rows: int = 32, prepend_bos: bool | None = None
 ) -> Iterator[Rows]:
-    """Batches of up to `rows` texts in their order, one a row: BOS as `data.prepend_bos` has it, cut to `context`, then
-    padding.
+    """Batches of up to `rows` texts in their order, one per row, which is cut to `context`, or padded.
+
+    A row opens with BOS as `data.prepend_bos` has it.
     """
     bos = bos_of(tokenizer, prepend_bos)
     opening = [] if bos is None else [bos]

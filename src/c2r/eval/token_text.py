@@ -1,4 +1,4 @@
-"""Tokens as a reader sees them: blanks at the beginning survive, and characters that are spread over tokens are whole."""
+"""Tokens as a reader sees them: leading spaces survive, and characters spread over several tokens are whole."""
 
 from __future__ import annotations
 
