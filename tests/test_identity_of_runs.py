@@ -149,6 +149,20 @@ def test_a_run_from_a_cache_does_not_resume_on_another_cache(
     train(moved, console=QUIET)
 
 
+def test_a_run_resumes_where_its_text_and_model_were_moved_to(
+    live: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signalled(monkeypatch, {9: [signal.SIGINT]})
+    with pytest.raises(Stopped):
+        train(live, console=QUIET)
+    for name in ("model", "corpus"):
+        (tmp_path / name).rename(tmp_path / f"moved_{name}")
+    moved = run_config(tmp_path / "run", tmp_path / "moved_model", tmp_path / "moved_corpus")
+    train(moved, console=QUIET)
+    train(run_config(tmp_path / "whole", tmp_path / "moved_model", tmp_path / "moved_corpus"), console=QUIET)
+    same_run(tmp_path / "whole", live.output)
+
+
 def test_a_revision_that_is_named_later_makes_no_other_run(tmp_path: Path) -> None:
     config = run_config(tmp_path / "run", "some/model", tmp_path)
     named = config.model_copy(update={"model": config.model.model_copy(update={"revision": "0123"})})

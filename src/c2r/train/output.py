@@ -26,8 +26,8 @@ OPERATIONAL = (
     "train.keep_checkpoints",
 )  # fmt: skip
 """What may change between the parts of a run without changing the weights (on one kind of device)."""
-_REVISION = re.compile(r"(model|data|data\.parts\.\d+)\.revision")
-"""May change too: what a revision stands for is compared by its contents."""
+_PLACE = re.compile(r"model\.(name|revision)|data\.(parts\.\d+\.)?(path|revision)")
+"""May change too: text and model are compared by their contents, wherever they lie."""
 
 
 def held(output: Path, console: Console | None = None) -> contextlib.AbstractContextManager[None]:
@@ -183,7 +183,7 @@ def _flat(node: Any, key: str = "") -> dict[str, Any]:
 
 
 def _operational(key: str) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in OPERATIONAL) or bool(_REVISION.fullmatch(key))
+    return any(key == name or key.startswith(name + ".") for name in OPERATIONAL) or bool(_PLACE.fullmatch(key))
 
 
 def _shown(flat: dict[str, Any], key: str) -> str:

@@ -54,12 +54,13 @@ def train(
     once (in the main thread; elsewhere signals are left alone).
 
     Arguments:
-        overwrite: start afresh in place of an earlier run.
+        overwrite: start afresh instead of an earlier run; only what c2r wrote is removed.
         skip_damaged: where the newest checkpoint is damaged, go on from the last that is whole.
 
     Raises:
         ValueError: anything wrong with the configuration that shows before training, an output folder that holds
-            something else or a run of another configuration, a damaged checkpoint, activations or losses that are
+            something else or a run of another configuration, text or model, or that cannot be written, a cache that is
+            being written, a damaged checkpoint, activations or losses that are
             not finite, text that ends early, a full disk, or too little memory.
         Stopped: a signal (a KeyboardInterrupt).
     """
