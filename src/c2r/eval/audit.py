@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from c2r.eval.bench import Bench, Outcome, each
+from functools import partial
+
+from rich.markup import escape
+
+from c2r.eval.bench import Bench, Outcome, each, progress_bar
 from c2r.eval.findings import findings, look
 from c2r.eval.reading import pairs_to_read
 from c2r.eval.results import histogram
@@ -19,7 +23,9 @@ NOT_LOOKED_AT = (
 
 def evaluate_audit(bench: Bench, name: str, sae: SAE) -> Outcome:
     """The findings on the bench's text, the pairs to read, and what was not looked at."""
-    seen = look(sae, bench.activations.x_nD)
+    x_nD = bench.activations.x_nD
+    with progress_bar(bench.console) as bar:
+        seen = look(sae, x_nD, partial(bar.track, description=f"audit {escape(name)}"))
     found = findings(seen)
     return Outcome(
         name,

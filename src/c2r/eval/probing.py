@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 from c2r.data.labelled import LabelledTexts, labelled_texts, stdlib_tasks
@@ -147,7 +148,7 @@ def probe_sets(bench: Bench) -> list[ProbeSet]:
 
 
 @torch.no_grad()
-def evaluate_probing(bench: Bench, name: str, sae: SAE, sets: list[ProbeSet]) -> Outcome:
+def evaluate_probing(bench: Bench, name: str, sae: SAE, sets: Iterable[ProbeSet]) -> Outcome:
     """SAEBench's `sparse_probing` on data sets of `probe_sets`: a mean over labels, then over data sets."""
     details, unstructured = [], {}
     for data in sets:
@@ -174,7 +175,7 @@ def evaluate_probing(bench: Bench, name: str, sae: SAE, sets: list[ProbeSet]) ->
         },
         {
             "probe_data": bench.probe_data,
-            "dataset_names": [data.name for data in sets],
+            "dataset_names": [detail["dataset_name"] for detail in details],
             "k_values": list(KS),
             "python": platform.python_version(),
         },
@@ -188,7 +189,9 @@ def run_probing(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
     sets = cache(lambda: probe_sets(bench))
 
     def one(bench: Bench, name: str, sae: SAE) -> Outcome:
-        return evaluate_probing(bench, name, sae, sets())
+        found = sets()
+        with progress_bar(bench.console) as bar:
+            return evaluate_probing(bench, name, sae, bar.track(found, description=f"probing {escape(name)}"))
 
     yield from each("sparse_probing", one)(bench, saes)
 
