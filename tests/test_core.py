@@ -356,13 +356,13 @@ def test_outliers_are_named_with_both_figures(bench: Bench) -> None:
     assert f"usual: {every['outlier_tokens']} of {every['total_tokens']} tokens ({share:.2%}) have a norm" in printed
     assert f"over all tokens EV is {every['explained_variance']:.4f}" in printed
     assert "all: " not in printed
-    assert outcomes["usual"].config == {
-        "tokens": every["total_tokens"],
+    assert outcomes["usual"].config == {"tokens": every["total_tokens"]}
+    assert outcomes["usual"].unstructured["counting"] == {
         "tokens_counted": every["total_tokens"] - every["outlier_tokens"],
         "outlier_tokens_left_out": every["outlier_tokens"],
         "max_norm": limit,
     }
-    assert outcomes["all"].config["max_norm"] is None
+    assert outcomes["all"].unstructured["counting"]["max_norm"] is None
     assert outcomes["all"].summary["ev"] == pytest.approx(every["explained_variance"])
     assert outcomes["usual"].summary["ev"] != pytest.approx(every["explained_variance"])
     assert "core evaluation: " in printed

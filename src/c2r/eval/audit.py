@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from rich.markup import escape
+
 from c2r.data.counting import LeftOut
-from c2r.eval.bench import Bench, Outcome, each
+from c2r.eval.bench import Bench, Outcome, each, progress_bar
 from c2r.eval.counted import counted
 from c2r.eval.findings import findings, look
 from c2r.eval.reading import pairs_to_read
@@ -22,7 +26,8 @@ NOT_LOOKED_AT = (
 def evaluate_audit(bench: Bench, name: str, sae: SAE) -> Outcome:
     """The findings on the bench's text, the pairs to read, and what was not looked at."""
     text = counted(bench, name, sae)
-    seen = look(sae, text.x_kD)
+    with progress_bar(bench.console) as bar:
+        seen = look(sae, text.x_kD, partial(bar.track, description=f"audit {escape(name)}"))
     found = findings(seen)
     return Outcome(
         name,

@@ -255,13 +255,15 @@ def run_core(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
                 "l0": result.core["sparsity"]["l0"],
                 "alive": result.core["misc_metrics"]["frac_alive"],
             },
-            config={
-                "tokens": seen,
-                "tokens_counted": int(seen - every["outlier_tokens"]),
-                "outlier_tokens_left_out": int(every["outlier_tokens"]),
-                "max_norm": counting.max_norm,
+            config={"tokens": seen},
+            unstructured={
+                "log10_density": result.density,
+                "counting": {
+                    "tokens_counted": int(seen - every["outlier_tokens"]),
+                    "outlier_tokens_left_out": int(every["outlier_tokens"]),
+                    "max_norm": counting.max_norm,
+                },
             },
-            unstructured={"log10_density": result.density},
         )
 
 

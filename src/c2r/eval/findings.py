@@ -8,7 +8,8 @@ A alive latents · D width of the activations · F latents · G batches · n tok
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,8 +54,11 @@ class Seen(NamedTuple):
 
 
 @torch.no_grad()
-def look(sae: SAE, x_nD: Tensor) -> Seen:
+def look(sae: SAE, x_nD: Tensor, track: Callable[[list[Any]], Iterable[Any]] = iter) -> Seen:
     """Run the SAE over activations once.
+
+    Arguments:
+        track: shows progress over the pieces that it is given.
 
     Raises:
         ValueError: the weights are not finite.
@@ -67,7 +71,7 @@ def look(sae: SAE, x_nD: Tensor) -> Seen:
     batches = max(1, len(x_nD) // PUBLISHED_BATCH)
     batch_n = (torch.randperm(len(x_nD), generator=torch.Generator().manual_seed(0)) % batches).to(sae.W_dec.device)
     square_GF = torch.zeros(batches, sae.width, device=sae.W_dec.device)
-    for part, batch_B in zip(x_nD.split(2048), batch_n.split(2048), strict=True):
+    for part, batch_B in track(list(zip(x_nD.split(2048), batch_n.split(2048), strict=True))):
         x_BD = part.to(sae.W_dec.device)
         acts_BF = sae.encode(x_BD)
         cofiring.add(acts_BF)

@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 from c2r.data.counting import Counting, LeftOut, counting_of
@@ -163,7 +164,7 @@ class DenseProbes:
 
 
 @torch.no_grad()
-def evaluate_probing(bench: Bench, name: str, sae: SAE, sets: list[ProbeSet], dense: DenseProbes) -> Outcome:
+def evaluate_probing(bench: Bench, name: str, sae: SAE, sets: Iterable[ProbeSet], dense: DenseProbes) -> Outcome:
     """SAEBench's `sparse_probing` on data sets of `probe_sets`: a mean over labels, then over data sets.
 
     A text's mean is over its tokens that count for the SAE, for the probes on x too.
@@ -203,7 +204,7 @@ def evaluate_probing(bench: Bench, name: str, sae: SAE, sets: list[ProbeSet], de
         },
         {
             "probe_data": bench.probe_data,
-            "dataset_names": [data.name for data in sets],
+            "dataset_names": [detail["dataset_name"] for detail in details],
             "k_values": list(KS),
             "python": platform.python_version(),
         },
@@ -217,7 +218,9 @@ def run_probing(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
     sets, dense = cache(lambda: probe_sets(bench)), DenseProbes()
 
     def one(bench: Bench, name: str, sae: SAE) -> Outcome:
-        return evaluate_probing(bench, name, sae, sets(), dense)
+        found = sets()
+        with progress_bar(bench.console) as bar:
+            return evaluate_probing(bench, name, sae, bar.track(found, description=f"probing {escape(name)}"), dense)
 
     yield from each("sparse_probing", one)(bench, saes)
 
