@@ -283,10 +283,12 @@ class PostNormBlock(OwnBlock):
         super().__init__(width)
         self.first, self.second, self.mlp = nn.LayerNorm(width), nn.LayerNorm(width), nn.ModuleDict()
         self.mlp["routed"], self.mlp["shared"] = nn.Linear(width, width), nn.Linear(width, width)
+        self.post_attention_norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.first(self.attn(x))
-        return x + self.second(self.mlp["routed"](x) + self.mlp["shared"](x))
+        y = self.post_attention_norm(x)
+        return x + self.second(self.mlp["routed"](y) + self.mlp["shared"](y))
 
 
 class ExpertsBlock(PostNormBlock):

@@ -223,8 +223,8 @@ def find_part(block: nn.Module, hook: Hook, run: Run, ids_RT: Tensor) -> nn.Modu
     best = min(named, key=lambda pair: missed[pair].share)
     raise ValueError(
         f"model.hook: got {hook!r}, but no part of {type(block).__name__} is what it adds to the residual stream: "
-        f"resid_pre + attn_out + mlp_out is off by {missed[best].share:.0%} of what the block adds, with the outputs of "
-        f"{best[0]} and {best[1]}; resid_pre and resid_post can be used"
+        f"resid_pre + attn_out + mlp_out is off by {missed[best].share:.0%} of what the block adds, with the outputs "
+        f"of {best[0]} and {best[1]}; resid_pre and resid_post can be used"
     )
 
 
@@ -238,7 +238,7 @@ def _candidates(order: list[str], hook: Hook) -> list[tuple[str, str]]:
     others = [name for name in order if name not in attention]
     if hook == "attn_out":
         # A norm behind the attention may be named after nothing; it comes before the other part.
-        behind = order[max(map(order.index, attention), default=len(order)) + 1 :]
+        behind = [name for name in others if attention and order.index(name) > order.index(attention[0])]
         return [*product(attention, others), *((a, b) for i, a in enumerate(behind) for b in behind[i + 1 :])]
     # What comes before an MLP need not be attention (a convolution, a recurrent layer), but is not a part of the MLP.
     return [
