@@ -4,8 +4,9 @@ Text is cut only between a letter and a space or line break that a letter follow
 follows; only if no entry of the vocabulary has two such characters side by side, so that no token can span the cut;
 and only for tokenizers whose parts are known to look at a few characters at a time. Then no merge of byte-pair encoding
 ever joins the two sides, so each develops as it would alone, and the best path of a unigram model passes through the
-cut. What a tokenizer does at the beginning of a text (SentencePiece puts a space there) is undone by encoding each piece
-together with the end of the preceding one, whose tokens are then dropped. At each cut this is checked on the text around.
+cut. What a tokenizer does at the beginning of a text (SentencePiece puts a space there) is undone by encoding each
+piece together with the end of the preceding one, whose tokens are then dropped. At each cut this is checked on the
+text around it.
 """
 
 from __future__ import annotations
