@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.resources import files
 from pickle import UnpicklingError
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -188,9 +189,10 @@ def load_language_model(config: ModelConfig, device: str | torch.device = "cpu")
             f"Hub id: {error}"
         ) from error
     model = model.to(torch.device(device)).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
+    lm = LanguageModel(model, tokenizer, layer=config.layer, hook=config.hook)
     if config.center_writing_weights:
-        _center(model, config.name)
-    return LanguageModel(model, tokenizer, layer=config.layer, hook=config.hook)
+        _center(lm, config.name)
+    return lm
 
 
 def _check_fits(config: ModelConfig, architecture: Any, device: torch.device) -> None:
@@ -216,30 +218,35 @@ def _check_fits(config: ModelConfig, architecture: Any, device: torch.device) ->
 
 
 @torch.no_grad()
-def _center(model: Any, name: str) -> None:
+def _center(lm: LanguageModel, name: str) -> None:
     """Subtract from everything that hooks see its mean over coordinates, for good.
 
     TransformerLens centres the weights that write to the residual stream; what that leaves at each hook point is the
     centred activation. Nothing is done to models with RMSNorm, as there.
 
     Raises:
-        ValueError: the model's output depends on that mean, or it cannot be seen how it is normalised.
+        ValueError: the model's output depends on that mean.
     """
-    blocks = _blocks(model)
-    norms = {type(module).__name__ for block in blocks for module in block.modules() if "Norm" in type(module).__name__}
+    points: list[tuple[Hook, nn.Module]] = []
+    for layer in itertools.count():
+        try:
+            block = lm._module_at(HookPoint(layer, "resid_post"))
+        except LayerError:
+            break
+        points.append(("resid_post", block))
+        for hook in ("resid_pre", "attn_out", "mlp_out"):
+            with contextlib.suppress(ValueError):  # a block without such a part
+                points.append((hook, lm._module_at(HookPoint(layer, hook))))
+    kinds = {type(module).__name__ for _, part in points for module in part.modules()}
+    norms = {kind for kind in kinds if "Norm" in kind}
     if norms and all("RMS" in norm for norm in norms):
         return
-    few_1T = torch.arange(min(8, model.config.get_text_config().vocab_size), device=next(model.parameters()).device)[
-        None
-    ]
-    before = model(input_ids=few_1T, use_cache=False).logits.float()
-    for block in blocks:
-        for hook in get_args(Hook):
-            with contextlib.suppress(ValueError):  # a block without such a part
-                _hooked(_hooked_module(block, hook), hook, lambda x: x - x.mean(-1, keepdim=True)).__enter__()
-    after = model(input_ids=few_1T, use_cache=False).logits.float()
-    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.05
-    change = ((after - before).abs().max() / before.std()).item()
+    few_1T = torch.arange(min(8, lm.model.config.get_text_config().vocab_size))[None]
+    before = lm.logits(few_1T)
+    for hook, module in points:
+        _hooked(module, hook, lambda x: x - x.mean(-1, keepdim=True)).__enter__()
+    tolerance = 1e-3 if next(lm.model.parameters()).dtype == torch.float32 else 0.05
+    change = ((lm.logits(few_1T) - before).abs().max() / before.std()).item()
     if not change < tolerance:
         raise ValueError(
             f"model.center_writing_weights: the output of {name!r} depends on the mean over coordinates that would be "

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from c2r.config import DataConfig, ModelConfig
+from c2r.config import ModelConfig
 from c2r.data.harvest import load_language_model, pick_device
 from c2r.data.labelled import check_labelled
 from c2r.data.tokens import check_source
@@ -131,9 +131,7 @@ def evaluate(
         for name, sae in saes.items():
             with _naming(names[name]):
                 models[name] = model_of(sae.config, model, trust_remote_code, layer=layer, hook=hook)
-        with _naming(next(iter(names.values()))):
-            text = data_of(next(iter(saes.values())).config, data or {})
-        bench = _bench(saes, models, text, tokens, seed, chosen_device, kept, console)
+        bench = _bench(saes, models, data or {}, tokens, seed, chosen_device, kept, console)
         bench.judge, bench.probe_data = judge, probe_data
         settings |= {
             "model": bench.model.model_dump(mode="json"),
@@ -184,14 +182,14 @@ def _outcomes(suite: str, run: Run, saes: dict[str, SAE]) -> Iterator[Outcome]:
 def _bench(
     saes: dict[str, SAE],
     models: dict[str, ModelConfig],
-    text: DataConfig,
+    data: dict[str, Any],
     tokens: int,
     seed: int,
     device: torch.device,
     cache: Cache,
     console: Console,
 ) -> Bench:
-    """Load the language model that all of `saes` read.
+    """Load the language model that all of `saes` read, and find the text.
 
     Raises:
         ValueError: SAEs of different hook points, or of another width than the model's activations.
@@ -200,6 +198,7 @@ def _bench(
     for name, other in models.items():
         if other != first:
             raise ValueError(f"{name} reads {other}, but {next(iter(models))} reads {first}; evaluate them apart")
+    text = data_of(next(iter(saes.values())).config, data)
     check_source(text)
     lm = load_language_model(first, device)
     for name, sae in saes.items():
