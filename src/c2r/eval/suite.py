@@ -111,6 +111,8 @@ def evaluate(
     if "autointerp" in suites and judge is None:
         raise ValueError(NEEDED)
     if any(suite.startswith(PREFIX) for suite in suites):
+        if layer is not None or hook is not None:
+            raise ValueError(f"layer, hook: given beside {PREFIX}…, where each SAE's file says what it reads")
         check_installed()
     if tokens < 1:
         raise ValueError(f"--tokens: got {tokens}; accepted are whole numbers ≥ 1")
