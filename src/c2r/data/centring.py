@@ -38,12 +38,14 @@ def center(model: Any, blocks: Sequence[nn.Module], run: Run, ids_RT: Tensor, na
     norms = {type(module).__name__ for block in blocks for module in block.modules() if "Norm" in type(module).__name__}
     if norms and all("RMS" in norm for norm in norms):
         return
-    before = run(ids_RT).logits.float()
+    points: list[tuple[nn.Module, Hook]] = []
     for block in blocks:
         for hook in get_args(Hook):
             with contextlib.suppress(ValueError):  # a block without such a part
-                part = find_part(block, hook, run, ids_RT)
-                hooked(part, hook, lambda x: x - x.mean(-1, keepdim=True)).__enter__()
+                points.append((find_part(block, hook, run, ids_RT), hook))
+    before = run(ids_RT).logits.float()
+    for part, hook in points:  # once all are found: a part is found by what passes at the others
+        hooked(part, hook, lambda x: x - x.mean(-1, keepdim=True)).__enter__()
     after = run(ids_RT).logits.float()
     tolerance = _TOLERANCE.get(next(model.parameters()).dtype, _TOLERANCE_HALF)
     change = ((after - before).abs().max() / before.std()).item()

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from c2r.config import DataConfig, ModelConfig
+from c2r.config import ModelConfig
 from c2r.data.harvest import load_language_model, pick_device
 from c2r.data.identify import Identity, identity_of
 from c2r.data.labelled import check_labelled
@@ -119,6 +119,8 @@ def evaluate(
             raise ValueError(NEEDED)
         endpoint_of(judge)
     if any(suite.startswith(PREFIX) for suite in suites):
+        if layer is not None or hook is not None:
+            raise ValueError(f"layer, hook: given beside {PREFIX}…, where each SAE's file says what it reads")
         check_installed()
     if tokens < 1:
         raise ValueError(f"--tokens: got {tokens}; accepted are whole numbers ≥ 1")
@@ -220,7 +222,7 @@ def _outcomes(suite: str, run: Run, saes: dict[str, SAE]) -> Iterator[Outcome]:
 def _bench(
     saes: dict[str, SAE],
     models: dict[str, ModelConfig],
-    text: DataConfig,
+    data: dict[str, Any],
     tokens: int,
     seed: int,
     device: torch.device,

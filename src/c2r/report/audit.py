@@ -24,14 +24,14 @@ def print_audit(result: Path, console: Console | None = None) -> None:
     """Print the findings; a marked one breaks a rule of thumb."""
     console = console or Console()
     found = json.loads(result.read_text(encoding="utf-8"))
-    console.print(f"\n[bold]{escape(found['sae_lens_id'])}[/]  {escape(_what(found))}", highlight=False)
+    console.print(f"\n[bold]{_terminal(found['sae_lens_id'])}[/]  {_terminal(_what(found))}", highlight=False)
     for finding in found["eval_result_details"]:
         mark = "[bold red]![/]" if finding["marked"] else " "
-        console.print(f"\n{mark} [bold]{escape(finding['topic'])}[/]")
-        console.print(f"  {escape(finding['says'])}\n  [dim]{escape(finding['means'])}[/]", highlight=False)
+        console.print(f"\n{mark} [bold]{_terminal(finding['topic'])}[/]")
+        console.print(f"  {_terminal(finding['says'])}\n  [dim]{_terminal(finding['means'])}[/]", highlight=False)
     console.print("\n[bold]not looked at[/]")
     for line in found["eval_result_unstructured"]["not_looked_at"]:
-        console.print(f"  {escape(line)}", highlight=False)
+        console.print(f"  {_terminal(line)}", highlight=False)
     console.print()
 
 
@@ -44,15 +44,15 @@ def write_audit(path: Path, result: Path) -> None:
     charts = "".join(
         step_chart(caption, {"": extra[key]}, floor if key == "max_cos" else None) for key, caption in _CHARTS.items()
     )
-    missing = "".join(f"<li>{html.escape(line)}</li>" for line in extra["not_looked_at"])
+    missing = "".join(f"<li>{_page(line)}</li>" for line in extra["not_looked_at"])
     body = (
-        f"<p>{html.escape(_what(found))}</p>{rows}{charts}"
+        f"<p>{_page(_what(found))}</p>{rows}{charts}"
         f"<h2>Nearest neighbours to read</h2><p><small>i and j: a latent and the one nearest to it. The highest by "
         f"cosine and by φ; text around the tokens on which each fires most.</small></p>"
         f"{''.join(_pair(pair) for pair in extra['pairs']) or '<p>none</p>'}"
         f"<h2>Not looked at</h2><ul>{missing}</ul>"
     )
-    path.write_text(PAGE.format(title=html.escape(f"c2r audit: {found['sae_lens_id']}"), body=body), encoding="utf-8")
+    path.write_text(PAGE.format(title=_page(f"c2r audit: {found['sae_lens_id']}"), body=body), encoding="utf-8")
 
 
 def _what(found: dict[str, Any]) -> str:
@@ -76,8 +76,8 @@ def _unfinished(found: dict[str, Any]) -> str:
 def _finding(finding: dict[str, Any]) -> str:
     color = "#e45756" if finding["marked"] else "#54a24b"
     return (
-        f'<h3><span style="color:{color}">■</span> {html.escape(finding["topic"])}</h3>'
-        f"<p>{html.escape(finding['says'])}<br><small>{html.escape(finding['means'])}</small></p>"
+        f'<h3><span style="color:{color}">■</span> {_page(finding["topic"])}</h3>'
+        f"<p>{_page(finding['says'])}<br><small>{_page(finding['means'])}</small></p>"
     )
 
 
@@ -92,21 +92,30 @@ def _pair(pair: dict[str, Any]) -> str:
     texts = ""
     for name, found in zip("ij", pair["snippets"], strict=True):
         for snippet in found:
-            before, token, after = (html.escape(_visible(snippet[key])) for key in ("before", "token", "after"))
+            before, token, after = (_page(_visible(snippet[key])) for key in ("before", "token", "after"))
             # Isolated, so that text that runs from right to left turns nothing around it.
             code = f"<bdi><code>{before}<b>{token}</b>{after}</code></bdi>"
             texts += f"<br>{name} <small>{snippet['activation']:.2f}</small> {code}"
-    return f"<p>{html.escape(head)}{texts}</p>"
+    return f"<p>{_page(head)}{texts}</p>"
 
 
 def _visible(text: str) -> str:
-    """White space that a page would swallow, and characters that it may not hold or that turn text around, as signs."""
-    text = text.replace("\n", "↵").replace("\t", "→").replace("  ", "··")
-    return "".join(map(_sign, text))
+    """White space that a page would swallow, as signs."""
+    return text.replace("\n", "↵").replace("\t", "→").replace("  ", "··")
+
+
+def _page(text: str) -> str:
+    """Anybody's text for the page."""
+    return html.escape("".join(map(_sign, text)))
+
+
+def _terminal(text: str) -> str:
+    """Anybody's text for the terminal."""
+    return escape("".join(map(_sign, text)))
 
 
 def _sign(letter: str) -> str:
-    """The letter itself, or what stands for one that is not to be in a page: control and format characters."""
+    """The letter itself, or a sign for a control or format character: it may not be in a page, or turns text around."""
     code = ord(letter)
     if code < 32 or code == 127:
         return chr(0x2400 + (code if code < 32 else 33))  # the pictures of control characters
