@@ -104,7 +104,7 @@ def test_against_brute_force(seed: int, width: int, tokens: int, batch: int) -> 
 
 def test_fewer_than_two_alive_give_no_figure() -> None:
     found = counted(torch.eye(3), torch.tensor([[1.0, 0, 0]])).metrics()
-    assert all(math.isnan(value) for name, value in found.items() if name != "max_cos_random_floor")
+    assert all(math.isnan(value) for name, value in found.items())
 
 
 def test_top_tokens_across_batches_and_signs() -> None:
@@ -114,3 +114,38 @@ def test_top_tokens_across_batches_and_signs() -> None:
     assert found.top_tokens(0, 2) == [(4, -5.0), (9, 3.0)]
     assert found.top_tokens(0, 9) == [(4, -5.0), (9, 3.0), (1, 2.0)]
     assert found.top_tokens(1, 3) == []
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 9), st.integers(1, 40), st.floats(-0.9, 0.9))
+def test_pairs_at_one_cosine_against_brute_force(seed: int, width: int, tokens: int, cosine: float) -> None:
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(width, 4))
+    fires = rng.random((tokens, width)) < 0.4
+    found = counted(torch.tensor(rows, dtype=torch.float32), torch.tensor(fires * 1.5), 7)
+    pairs = found.at_cosine(cosine)
+    alive = [i for i in range(width) if fires[:, i].any()]
+    if len(alive) < 2:
+        assert len(pairs.latent_A) == 0
+        return
+    assert pairs.latent_A.tolist() == alive
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    for place, i in enumerate(alive):
+        j = min((k for k in alive if k != i), key=lambda k: abs(unit[i] @ unit[k] - cosine))
+        assert pairs.neighbor_A[place] == j
+        assert pairs.cosine_A[place].item() == pytest.approx(unit[i] @ unit[j], abs=1e-5)
+        a, b = fires[:, i], fires[:, j]
+        assert pairs.jaccard_A[place].item() == pytest.approx((a & b).sum() / (a | b).sum())
+        if a.std() and b.std():
+            assert pairs.phi_A[place].item() == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-9)
+    sampled = found.at_cosine(cosine, most=2)
+    assert len(sampled.latent_A) == 2
+    at = {int(i): int(j) for i, j in zip(pairs.latent_A, pairs.neighbor_A, strict=True)}
+    assert all(at[int(i)] == int(j) for i, j in zip(sampled.latent_A, sampled.neighbor_A, strict=True))
+
+
+def test_the_floor_is_of_as_many_directions_as_the_mean_is_over() -> None:
+    acts = torch.zeros(3, 64)
+    acts[0, :20] = 1.0
+    found = counted(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), acts).metrics()
+    assert found["max_cos_random_floor"] == pytest.approx((2 * math.log(20) / 16) ** 0.5)

@@ -173,3 +173,41 @@ def test_stop_ends_a_wait() -> None:
             endpoint.complete(BODY)
     assert time.monotonic() - start < 5
     assert len(stub.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "safe"),
+    [
+        ("https://api.example.org/v1", True),
+        ("http://localhost:8000/v1", True),
+        ("http://LOCALHOST/v1", True),
+        ("http://box.localhost/v1", True),
+        ("http://127.0.0.1:8000/v1", True),
+        ("http://127.8.9.1/v1", True),
+        ("http://[::1]:8000/v1", True),
+        ("http://api.example.org/v1", False),
+        ("http://192.168.0.7:8000/v1", False),
+        ("http://gpu-box:8000/v1", False),
+        ("http://localhost.example.org/v1", False),
+        ("http://127.0.0.1.example.org/v1", False),
+        ("http://0.0.0.0:8000/v1", False),
+    ],
+)
+def test_a_key_is_not_sent_in_clear_beyond_this_machine(address: str, safe: bool) -> None:
+    keyed = {"C2R_JUDGE_KEY": SECRET}
+    if safe:
+        assert Endpoint(address, QUICK, keyed)._key == SECRET
+    else:
+        with pytest.raises(ValueError, match="in clear") as refused:
+            Endpoint(address, QUICK, keyed)
+        assert SECRET not in str(refused.value)
+        assert Endpoint(address, QUICK, keyed, key_in_clear=True)._key == SECRET
+    assert Endpoint(address, QUICK, {})._key == ""  # without a key there is nothing to give away
+
+
+def test_this_machine_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("no_proxy")
+    with StubJudge(in_turn(said("from the proxy"))) as proxy, StubJudge(in_turn(said("from here"))) as stub:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        assert ask(stub) == "from here"
+        assert proxy.bodies == []

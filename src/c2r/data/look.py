@@ -23,9 +23,9 @@ MUCH, FEW = 0.1, 0.02
 """Large tokens matter if they hold this share of the squared norm, and can be left out if they are at most this share
 of the tokens."""
 MULTIPLES = (2, 5, 10)
-SAMPLE = 16_384
+SAMPLE = 8192
 """Most tokens from which variances are taken."""
-_NAMED, _BLOCK, _ROUNDS = 5, 8, 6
+_NAMED, _BLOCK, _ROUNDS = 5, 8, 5
 Decode = Callable[[int], str | None]
 """The text of a token, or None where it is not known."""
 
@@ -70,13 +70,14 @@ def look_at(
         ids_n: token ids.
         rows_of: activations `[m, D]` of the tokens at these places `[m]`.
     """
-    median = norms_n.median().item()
+    median = max(norms_n.median().item(), torch.finfo(torch.float32).tiny)
     kept_k = keep_n.nonzero().squeeze(1)
     large_n = keep_n & (norms_n > LARGE * median)
     squares_n = norms_n.double().square()
     place_m = kept_k[:: -(-len(kept_k) // SAMPLE)]
     x_mD = rows_of(place_m).float()
-    variance_D = x_mD.double().var(0, unbiased=False)
+    first, top = shares_of_variance(x_mD)
+    some_large = bool(large_n[place_m].any())
     return Look(
         tokens=len(norms_n),
         median_norm=median,
@@ -85,30 +86,29 @@ def look_at(
         share_dropped=_share(~keep_n),
         large_share=int(large_n.sum()) / len(kept_k),
         large_square=(squares_n[large_n].sum() / squares_n[kept_k].sum()).item(),
-        first_direction=first_direction_share(x_mD),
-        first_direction_without=first_direction_share(x_mD[~large_n[place_m]]),
-        top_coordinate=(variance_D.max() / variance_D.sum()).item(),
+        first_direction=first,
+        first_direction_without=shares_of_variance(x_mD[~large_n[place_m]])[0] if some_large else first,
+        top_coordinate=top,
         sinks=_most_frequent(ids_n[large_n], decode),
     )
 
 
-def first_direction_share(x_mD: Tensor) -> float:
-    """Share of the variance of rows about their mean in their first principal direction; NaN without variance.
+def shares_of_variance(x_mD: Tensor) -> tuple[float, float]:
+    """Shares of the variance of rows about their mean: in their first principal direction, and in the coordinate that
+    has most of it. 0 without variance.
 
-    By a randomised subspace iteration (Halko et al. 2011, arXiv 0909.4061) with a generator of its own: exact where the
-    first direction stands out, and otherwise a little low.
+    The direction by a randomised subspace iteration (Halko et al. 2011, arXiv 0909.4061) with a generator of its own:
+    exact where the first direction stands out, and otherwise a little low.
     """
-    if len(x_mD) < 2:
-        return float("nan")
     centred_mD = x_mD - x_mD.mean(0)
-    total = centred_mD.square().sum(dtype=torch.float64).item()
+    squares_D = torch.linalg.vector_norm(centred_mD, dim=0).double().square()
+    total = squares_D.sum().item()
     if not 0 < total < float("inf"):
-        return float("nan")
-    block = min(_BLOCK, *x_mD.shape)
-    basis_Db = torch.randn(x_mD.shape[1], block, generator=torch.Generator().manual_seed(0)).to(x_mD)
+        return 0.0, 0.0
+    basis_Db = torch.randn(x_mD.shape[1], min(_BLOCK, *x_mD.shape), generator=torch.Generator().manual_seed(0)).to(x_mD)
     for _ in range(_ROUNDS):
         basis_Db = torch.linalg.qr(centred_mD.T @ (centred_mD @ basis_Db)).Q
-    return torch.linalg.svdvals(centred_mD @ basis_Db)[0].item() ** 2 / total
+    return torch.linalg.svdvals(centred_mD @ basis_Db)[0].item() ** 2 / total, squares_D.max().item() / total
 
 
 def in_words(point: str, look: Mapping[str, Any], multiple: float | None) -> tuple[list[str], str | None]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,13 +63,12 @@ def run_stability(setting: Setting, saes: dict[str, SAE]) -> Iterator[Outcome]:
     for doubt in doubts([sae.config for sae in saes.values()]):
         setting.console.print(f"[yellow]stability: {escape(doubt)}[/]")
     floor = random_agreement(*shapes[names[0]], setting.seed)
-    agreement_SS = torch.eye(len(names))
-    for i, j in itertools.combinations(range(len(names)), 2):
-        found = agreement(saes[names[i]].W_dec, saes[names[j]].W_dec, setting.seed)
-        agreement_SS[i, j] = agreement_SS[j, i] = found
-    for i, name in enumerate(names):
-        others = {names[j]: agreement_SS[i, j].item() for j in range(len(names)) if j != i}
-        mean = sum(others.values()) / len(others)
+    found: dict[frozenset[str], float] = {}
+    for one, other in itertools.combinations(sorted(names), 2):  # of which one is sampled: not the order of arguments
+        found[frozenset((one, other))] = agreement(saes[one].W_dec, saes[other].W_dec, setting.seed)
+    for name in names:
+        others = {other: found[frozenset((name, other))] for other in names if other != name}
+        mean = statistics.fmean(others.values())
         yield Outcome(
             name,
             EVALUATION,
