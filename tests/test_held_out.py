@@ -1,5 +1,6 @@
 """A part of every source that training never reads: chosen by content, read by evaluations."""
 
+import io
 import itertools
 import json
 import random
@@ -9,6 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from rich.console import Console
 
 from c2r.config import DataConfig
 from c2r.data.document import Document
@@ -16,7 +18,9 @@ from c2r.data.heldout import place_of
 from c2r.data.sources import held_out_kept, open_reader
 from c2r.data.tokens import packed_rows
 from c2r.eval.origin import data_of
-from helpers import tiny_tokenizer
+from c2r.eval.suite import evaluate
+from c2r.train.trainer import train
+from helpers import run_config, tiny_tokenizer
 from planted import WORDS, planted_tokenizer, records, write_parquet
 
 
@@ -152,6 +156,22 @@ def test_evaluation_leaves_out_what_its_training_read(tmp_path: Path) -> None:
     parts = [{"source": "files", "path": "a", "held_out": 0.1}, {"source": "files", "path": "b"}]
     mixture: Any = {"source": "mixture", "parts": parts}
     assert [part.held_out for part in data_of({"c2r": {"data": mixture}}, {}).parts] == [0.1, 0]
+
+
+def test_evaluations_read_the_part_and_record_it(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    lines = [{"text": f"{number} {' '.join(words)}"} for number, words in enumerate(docs(400))]
+    source = write(tmp_path / "text", lines, "jsonl")
+    run = run_config(tmp_path / "run", tiny_models["llama"], tmp_path, data=source | {"context": 16, "held_out": 0.1},
+                     train={"tokens": 256, "batch": 128})  # fmt: skip
+    sae = train(run)["baseline"]
+    for data, kept in ((None, True), ({"held_out": 0}, False)):
+        said = io.StringIO()
+        console = Console(file=said, width=300)
+        evaluate([sae], suites=["core"], tokens=200, data=data, out=tmp_path / "out", console=console)
+        (result,) = (tmp_path / "out").glob("baseline_core.json")
+        assert json.loads(result.read_text())["eval_config"]["held_out"] is kept
+        assert ("this source keeps no part from training" in said.getvalue()) == (not kept)
+        result.unlink()
 
 
 def test_evaluation_draws_other_spelling_lists_than_training() -> None:
