@@ -61,15 +61,9 @@ def test_folding_keeps_the_function(architecture: Architecture, norms: torch.Ten
     same_function(sae, folded, grown)
     torch.testing.assert_close(folded.W_dec.norm(dim=1), (norms > 0).float())
     assert folded.with_unit_rows() is folded
-    same_function(
-        sae, folded.with_plain_ranking(), grown if folded.rank is None else grown * 0 + _restored(folded, grown)
-    )
-
-
-def _restored(folded: SAE, grown: torch.Tensor) -> torch.Tensor:
-    """Factors of the activations once a ranking's factors are folded back."""
-    assert folded.rank is not None
-    return grown * folded.rank
+    plain = folded.with_plain_ranking()
+    assert plain.rank is None
+    same_function(sae, plain, grown if folded.rank is None else grown * folded.rank)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
