@@ -31,7 +31,7 @@ def test_gradients_by_hand() -> None:
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_l0_gradient_by_hand(sparse: bool) -> None:
-    """Of what training shows it: pre-activations in the paper's form, what is left after the jump in the published one."""
+    """Of what training shows it: pre-activations in the paper's form, activations in the published one."""
     pre = torch.tensor([[0.45, 0.55, 2.0, -1.0], [0.0, 0.6, 0.05, 0.3]])
     threshold = torch.tensor([0.5, 0.5, 0.5, 0.05], requires_grad=True)
     acts = jump_relu(pre, threshold, 0.2).detach()

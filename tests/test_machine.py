@@ -73,7 +73,8 @@ def test_limits_that_the_environment_sets(environment: dict[str, str], left: set
 def test_features_are_read_from_the_first_processor(tmp_path: Path) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text(
-        "processor\t: 0\nmodel name\t: Some CPU: fast\nflags\t\t: fpu avx2 avx512_bf16\n\nprocessor\t: 1\nflags\t\t: fpu\n"
+        "processor\t: 0\nmodel name\t: Some CPU: fast\nflags\t\t: fpu avx2 avx512_bf16\n\n"
+        "processor\t: 1\nflags\t\t: fpu\n"
     )
     assert machine._cpu_field("flags", file) == "fpu avx2 avx512_bf16"
     assert machine._cpu_field("model name", file) == "Some CPU: fast"
@@ -194,14 +195,14 @@ def test_each_part_of_a_resumed_run_is_recorded_and_keeps_its_precision(
             raise Stopped(2)
         return original(self, x)
 
+    config = known_run(tmp_path / "run", train={"tokens": 1536, "batch": 64, "device": "cpu", "checkpoint_every": 3})
     on_a(monkeypatch, BF16)
-    with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(Run, "step", stopping)
-        train(known_run(tmp_path / "run", train={"tokens": 1536, "batch": 64, "device": "cpu", "checkpoint_every": 3}))
+    monkeypatch.setattr(Run, "step", stopping)
+    with pytest.raises(Stopped):
+        train(config)
+    monkeypatch.setattr(Run, "step", original)
     on_a(monkeypatch, AVX2)
-    folders = train(
-        known_run(tmp_path / "run", train={"tokens": 1536, "batch": 64, "device": "cpu", "checkpoint_every": 3})
-    )
+    folders = train(config)
     first, second = machines_of(folders["c2r"])
     assert (first["from_step"], first["features"]) == (0, list(BF16))
     assert (second["from_step"], second["features"]) == (6, list(AVX2))

@@ -196,21 +196,17 @@ def test_a_late_start_leaves_as_many_renewals() -> None:
     assert late.table.rows == renewed_rows(4096, 100) > renewed_rows(4096, 1000)
 
 
-def test_the_shortlist_keeps_a_neighbour_that_lost() -> None:
-    """Row 0 turns to row 2 and back; its own renewal is far off, so that only the shortlist can bring row 1 back."""
-    rows_FD = torch.eye(8)
-    near = rows_FD.clone()
-    near[0] = rows_FD[0] + 0.5 * rows_FD[1] + 0.4 * rows_FD[2]
-    turned = rows_FD.clone()
-    turned[0] = rows_FD[0] + 0.4 * rows_FD[1] + 0.5 * rows_FD[2]
+def test_a_neighbour_that_loses_to_its_shortlist_takes_the_winners_place_there() -> None:
+    """Row 0 turns to row 2 and back, far from its own renewal: only what lost can bring row 1 back."""
+    near, turned = torch.eye(8), torch.eye(8)
+    near[0] += 0.5 * near[1] + 0.4 * near[2]
+    turned[0] += 0.4 * turned[1] + 0.5 * turned[2]
     table = NeighborTable(rows=8, shortlist=3)
-    table.refresh(near), table.refresh(near)  # the second makes the shortlists
-    table.rows, table.cursor = 1, 1  # row 0 comes last
     assert table.refresh(near).index[0] == 1
-    indices = [table.refresh(turned).index[0].item() for _ in range(3)]
-    assert indices[-1] == 2
-    assert table.cursor != 0
-    assert [table.refresh(near).index[0].item() for _ in range(3)][-1] == 1
+    table.shortlist_MF = torch.tensor([[2], [3], [4]]).expand(3, 8).clone()  # as long after a renewal: without row 1
+    table.rows, table.cursor = 1, 1
+    seen = [table.refresh(decoder).index[0].item() for decoder in (near, turned, turned, turned, near, near, near)]
+    assert seen == [1, 1, 1, 2, 2, 2, 1]  # the first, fourth and seventh look at the place where row 2 was
     assert table.cursor == 0
 
 
@@ -295,7 +291,7 @@ def test_a_floor_in_coarse_units_leaves_room_for_bfloat16() -> None:
 
 
 def test_int8_is_given_up_where_the_cut_fell_below_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products as exact as bfloat16, with a slack of an eighth: candidates enough, of which some are below the floor."""
+    """Products as exact as bfloat16 with a slack of an eighth: candidates enough, of which some are below the floor."""
     from c2r.sae import topk
 
     def coarse_product(x_BD: Tensor, W_FD: Tensor) -> Coarse:
