@@ -13,6 +13,7 @@ from c2r.data.features import known_features
 from c2r.data.harvest import load_language_model
 from c2r.data.reader import live_reader
 from c2r.data.stream import ActivationStream, SyntheticStream
+from c2r.data.tokenizer import NoTokenizer
 from c2r.data.tokens import check_source
 from c2r.methods import SAEConfig
 from c2r.presets import SyntheticConfig
@@ -68,6 +69,8 @@ def open_source(config: RunConfig, device: torch.device, console: Console) -> So
     if config.cache is None:
         lm = load_language_model(config.model, device)
         reader, d_in, bos, where = live_reader(config, lm), lm.d_in, lm.tokenizer.bos_token_id is not None, "model"
+        if isinstance(lm.tokenizer, NoTokenizer):
+            console.print("[yellow]the model has no tokenizer: token ids are read as they are, without BOS or EOS[/]")
     else:
         manifest = open_cache(config)
         reader, where = CacheReader(config.cache.path, config.points, seed=config.seed), f"{config.cache.path}: model"
