@@ -16,6 +16,7 @@ from c2r.data.harvest import load_language_model
 from c2r.data.identify import identity_of
 from c2r.data.reader import live_reader
 from c2r.data.stream import ActivationStream, SyntheticStream
+from c2r.data.tokenizer import NoTokenizer
 from c2r.data.tokens import Skipped, check_source, opens_with_bos
 from c2r.identity import ACTIVATIONS, versions
 from c2r.methods import SAEConfig
@@ -86,6 +87,8 @@ def open_source(config: RunConfig, device: torch.device, console: Console) -> So
         reader, d_in, bos, where = live_reader(config, lm), lm.d_in, opens_with_bos(data, lm.tokenizer), "model"
         skipped = reader.skipped
         skipped.say = lambda message: console.print(f"[yellow]{escape(message)}[/]", soft_wrap=True)
+        if isinstance(lm.tokenizer, NoTokenizer):
+            console.print("[yellow]the model has no tokenizer: token ids are read as they are, without BOS or EOS[/]")
     else:
         manifest = read_manifest(config.cache.path)
         assert manifest is not None  # which `check_data` has found
