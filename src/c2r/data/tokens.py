@@ -208,18 +208,24 @@ def _check_start(text: Position, start: Position) -> None:
 
 
 def text_rows(
-    texts: Sequence[str], tokenizer: Any, *, context: int, rows: int = 32, prepend_bos: bool | None = None
+    texts: Sequence[str],
+    tokenizer: Any,
+    *,
+    context: int,
+    rows: int = 32,
+    prepend_bos: bool | None = None,
+    parse_special_tokens: bool = False,
 ) -> Iterator[Rows]:
     """Batches of up to `rows` texts in their order, one per row, which is cut to `context`, or padded.
 
-    A row opens with BOS as `data.prepend_bos` has it.
+    `prepend_bos` and `parse_special_tokens` are those of `DataConfig`.
     """
     bos = bos_of(tokenizer, prepend_bos)
     opening = [] if bos is None else [bos]
     filler = _filler(tokenizer)
     special = torch.tensor(sorted(special_ids(tokenizer)), dtype=torch.int64)
     for start in range(0, len(texts), rows):
-        found = text_ids(tokenizer, list(texts[start : start + rows]))
+        found = text_ids(tokenizer, list(texts[start : start + rows]), parse_special_tokens)
         cut = [(opening + ids)[:context] for ids in found]
         length = max(1, *map(len, cut))
         ids = torch.tensor([row + [filler] * (length - len(row)) for row in cut])

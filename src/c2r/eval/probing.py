@@ -229,8 +229,8 @@ def _read(bench: Bench, labelled: LabelledTexts) -> ProbeSet:
     names = list(labelled.texts)
     texts = [text for label in names for text in labelled.texts[label]]
     labels_T = torch.tensor([i for i, label in enumerate(names) for _ in labelled.texts[label]])
-    opening = {"context": bench.data.context, "prepend_bos": bench.data.prepend_bos}
-    batches = list(text_rows(texts, bench.lm.tokenizer, **opening))
+    settings = bench.data.model_dump(include={"context", "prepend_bos", "parse_special_tokens"})
+    batches = list(text_rows(texts, bench.lm.tokenizer, **settings))
     key = {**bench.model_key, "rows": rows_digest(batches)}
     found = bench.cache.get("texts", key, lambda: _collect(bench, labelled.name, batches))
     # Each text's split depends on its own place, so that one without tokens moves no other.
