@@ -133,6 +133,7 @@ def evaluate(
         for name, sae in saes.items():
             with _naming(names[name]):
                 models[name] = model_of(sae.config, model, trust_remote_code, layer=layer, hook=hook)
+                data_of(sae.config, data or {})
         bench = _bench(saes, models, data or {}, tokens, seed, chosen_device, kept, console)
         bench.judge, bench.probe_data = judge, probe_data
         settings |= {
