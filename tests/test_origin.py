@@ -1,6 +1,7 @@
 """What an SAE's file says of its model and text is heeded, or refused by name."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from c2r.eval.origin import OF_THE_MODEL, SAID, data_of, model_of
 from c2r.eval.suite import evaluate
 from c2r.interop.saelens import save_sae
 from c2r.sae.base import SAE
-from c2r.train.trainer import train
-from helpers import known_run, write_corpus
+from helpers import write_corpus
 
 POINT = {"model_name": "m", "hook_name": "blocks.2.hook_resid_post"}
 
@@ -104,9 +104,9 @@ def test_rows_without_bos_where_the_file_says_so() -> None:
     assert getattr(data_of(ours, {"source": "files", "path": "b"}), "prepend_bos") is False  # noqa: B009
 
 
-def test_a_cfg_that_says_nonsense_is_an_error_with_its_file(tmp_path: Path) -> None:
-    quiet = Console(quiet=True)
-    folder = train(known_run(tmp_path / "run"), console=quiet)["baseline"]
+def test_a_cfg_that_says_nonsense_is_an_error_with_its_file(whole: Path, tmp_path: Path) -> None:
+    folder, quiet = tmp_path / "baseline", Console(quiet=True)
+    shutil.copytree(whole / "baseline", folder)
     config = json.loads((folder / "cfg.json").read_text())
     foreign = {key: value for key, value in config.items() if key != "c2r"}
     for changed, suite, names in (
