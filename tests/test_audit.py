@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from c2r.cli import main
 from c2r.eval.findings import findings, look
@@ -113,6 +114,28 @@ def test_a_dictionary_that_never_fires_has_a_page(tmp_path: Path) -> None:
     assert "a <b>" in page.text
     assert "none" in page.text
     print_audit(tmp_path / "a.json")
+
+
+def test_text_that_would_spoil_the_page_is_shown_as_signs(foreign: Path, tmp_path: Path) -> None:
+    """NUL, escape sequences and marks that turn text around; words that run from right to left stay, set apart."""
+    config = json.loads((foreign / "cfg.json").read_text())
+    config["metadata"]["dataset_path"] = "a\x1b[31m\u202eb"
+    (foreign / "cfg.json").write_text(json.dumps(config))
+    text = tmp_path / "text.jsonl"
+    text.write_text((json.dumps({"text": "abc \x00 \x07 \u202e שלום \u2066 " * 20}) + "\n") * 3)
+    main(["audit", str(foreign), "--path", str(text), "--tokens", "600", "--out", str(tmp_path / "out")])
+    body = (tmp_path / "out" / "c2r_audit.html").read_text()
+    assert not set(body) & set("\x00\x07\x1b\u202e\u2066")
+    assert "␀" in body
+    assert body.count("<bdi>") == body.count("</bdi>") > 0
+    result = json.loads((tmp_path / "out" / "c2r_audit.json").read_text())
+    result["eval_result_unstructured"]["not_looked_at"] = ["a\x1b[31m\u202eb \ud800"]
+    (tmp_path / "b.json").write_text(json.dumps(result))
+    console = Console(record=True, width=200)
+    print_audit(tmp_path / "b.json", console)
+    write_audit(tmp_path / "b.html", tmp_path / "b.json")
+    for shown in (console.export_text(), (tmp_path / "b.html").read_text()):
+        assert "a␛[31m⟨U+202E⟩b ⟨U+D800⟩" in shown
 
 
 def test_mistakes(foreign: Path, capsys: pytest.CaptureFixture[str]) -> None:

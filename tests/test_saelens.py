@@ -114,3 +114,65 @@ def test_damaged_folders_are_named(damage: Any, says: str, tmp_path: Path) -> No
     damage(tmp_path / "sae")
     with pytest.raises(ValueError, match=says):
         load_sae(tmp_path / "sae")
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk", "gated"])
+@pytest.mark.parametrize("subtract", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_activations_of_any_precision(architecture: Any, subtract: bool, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    W_enc, W_dec, x = (torch.randn(rows, 8, generator=g) for rows in (12, 12, 30))
+    extra = {
+        "standard": Extra(),
+        "topk": Extra(k=3, rank=torch.rand(12, generator=g) + 0.5),
+        "gated": Extra(r_mag=torch.zeros(12), b_mag=torch.zeros(12)),
+    }[architecture]
+    sae = SAE(W_enc, torch.zeros(12), W_dec, torch.ones(8), architecture=architecture, extra=extra,
+              subtract_b_dec=subtract).requires_grad_(False)  # fmt: skip
+    expected = sae.encode(x.to(dtype).float())
+    assert torch.equal(sae.encode(x.to(dtype)), expected)  # in the weights' precision
+    assert sae(x.to(dtype)).dtype == dtype
+    torch.testing.assert_close(sae(x.to(dtype)).float(), sae.decode(expected), rtol=0.02, atol=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sae.encode(x), sae.encode(x.float()))
+        assert sae(x).dtype == torch.float32
+    low = sae.to(dtype)
+    assert low.encode(x).dtype == low(x.to(dtype)).dtype == dtype
+    assert low(x).dtype == torch.float32
+
+
+def test_whole_numbers_and_other_widths_are_no_activations(unchecked: None) -> None:
+    sae = random_sae()
+    for x in (torch.ones(3, 5, dtype=torch.int64), torch.ones(3, 4)):
+        with pytest.raises(
+            ValueError, match=r"activations: got torch.* accepted are floating-point numbers \[..., 5\]"
+        ):
+            sae.encode(x)
+
+
+def broken(name: str, value: float) -> SAE:
+    sae = random_sae().requires_grad_(False)
+    getattr(sae, name).view(-1)[0] = value
+    return sae
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "b_dec"])
+def test_no_weight_that_is_no_number_counts_as_firing(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: 1 of \d+ numbers are NaN or infinite"):
+        broken(name, value).encode(torch.randn(4, 5))
+
+
+def test_no_activation_that_is_no_number_counts_as_firing() -> None:
+    x = torch.randn(4, 5)
+    x[2, 3] = float("nan")
+    with pytest.raises(ValueError, match="activations of the model: 1 of 20 numbers are NaN or infinite"):
+        random_sae().encode(x)
+    with pytest.raises(ValueError, match=r"overflown torch\.float16"):
+        random_sae(100.0).to(torch.float16).encode(torch.full((1, 5), 1e4))
+    gated = SAE(torch.ones(1, 5), torch.zeros(1), torch.ones(1, 5), torch.zeros(5), architecture="gated",
+                extra=Extra(r_mag=torch.full((1,), 200.0), b_mag=torch.zeros(1)))  # fmt: skip
+    with pytest.raises(ValueError, match="activations of latents: 1 of 1 numbers"):
+        gated.encode(torch.ones(1, 5))
+    huge = random_sae(1e20)  # finite all the same, though their sum is not
+    assert bool(huge.encode(torch.full((3, 5), 1e18)).isfinite().all())

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import save_file
 
 from c2r.config import TrainConfig
 from c2r.data.harvest import load_language_model
@@ -15,7 +17,7 @@ from c2r.recipes import RECIPES
 from c2r.train.run import Run
 from c2r.train.start import check_start, starting_weights
 from c2r.train.trainer import train
-from helpers import run_config, write_corpus
+from helpers import known_run, run_config, write_corpus
 from test_methods import TREE, configured, fresh, trained
 
 
@@ -71,3 +73,48 @@ def test_what_cannot_be_started_from_is_named(tmp_path: Path) -> None:
         check_start(configured("gated", init=str(gated), width=12))
     with pytest.raises(ValueError, match=r"saes\.gated\.init: .*not an SAE folder"):
         check_start(configured("gated", init=str(tmp_path)))
+
+
+def foreign(folder: Path, norms: torch.Tensor, **says: Any) -> Path:
+    """A folder of SAELens's `standard` (or as `says`) with decoder rows of these norms."""
+    W_dec = torch.nn.functional.normalize(
+        torch.randn(len(norms), TREE.d_in, generator=torch.Generator().manual_seed(0))
+    )
+    folder.mkdir()
+    save_file(
+        {"W_enc": W_dec.T.contiguous(), "b_enc": torch.zeros(len(norms)), "W_dec": W_dec * norms[:, None],
+         "b_dec": torch.zeros(TREE.d_in)}, folder / "sae_weights.safetensors",
+    )  # fmt: skip
+    metadata = {"model_name": "other/model", "hook_name": "blocks.7.hook_mlp_out"}
+    config = {"architecture": "standard", "d_in": TREE.d_in, "d_sae": len(norms), "metadata": metadata} | says
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_what_is_changed_before_training_is_said(tmp_path: Path) -> None:
+    norms = torch.linspace(0.5, 2, 24)
+    norms[[3, 7]] = 0
+    config = configured("standard", init=str(foreign(tmp_path / "sae", norms)))
+    console = Console(record=True, width=400)
+    run = known_run(tmp_path / "run")
+    check_start(config, run, console)
+    said = console.export_text()
+    assert "saes.standard.init: decoder rows are brought to unit norm" in said
+    assert "2 latents have a decoder row of zeros and get a random direction (3, 7)" in said
+    assert "it was trained with model other/model, and is trained further with embedded" in said
+    assert "it was trained with hook point blocks.7.hook_mlp_out, and is trained further with blocks.0" in said
+    check_start(configured("april_update", init=str(tmp_path / "sae")), console=console)
+    assert "unit norm" not in console.export_text()
+
+
+def test_a_choice_that_would_change_at_unit_norm_is_refused(tmp_path: Path) -> None:
+    topk = {"architecture": "topk", "k": 3}
+    uneven = foreign(tmp_path / "uneven", torch.linspace(0.5, 2, 24), **topk)
+    with pytest.raises(
+        ValueError, match=r"saes\.top_k\.init: .* norm 0\.5 to 2\. Method 'top_k' holds the rows at norm 1"
+    ):
+        check_start(configured("top_k", init=str(uneven)))
+    even = foreign(tmp_path / "even", torch.full((24,), 3.0), **topk)
+    scaled = foreign(tmp_path / "scaled", torch.linspace(0.5, 2, 24), rescale_acts_by_decoder_norm=True, **topk)
+    for method, folder in (("batch_top_k", uneven), ("top_k", even), ("top_k", scaled)):
+        assert check_start(configured(method, init=str(folder))) is not None

@@ -15,6 +15,7 @@ from c2r.eval import bench as bench_module
 from c2r.eval import suite
 from c2r.eval.bench import Bench, Cache, Outcome, each
 from c2r.eval.first_letter_absorption import AbsorptionEvaluation, absorption_of
+from c2r.eval.results import write_result
 from c2r.eval.suite import EvaluationError, evaluate
 from c2r.sae.base import SAE
 
@@ -239,3 +240,33 @@ def test_another_version_makes_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert cache.get("x", {}, lambda: {"x": torch.zeros(1)})["x"] == 0
     monkeypatch.setattr(bench_module, "__version__", "0.0.0")
     assert cache.get("x", {}, lambda: {"x": torch.ones(1)})["x"] == 1
+
+
+def test_a_figure_that_does_not_exist_is_told_from_a_true_minus_one(tmp_path: Path) -> None:
+    figures = {"reconstruction_quality": {"explained_variance": float("nan"), "cossim": -1.0}, "sparsity": {"l0": 2.0}}
+    path = write_result(
+        tmp_path, evaluation="core", sae_name="a", sae_config={"metadata": {}}, config={}, metrics=figures
+    )
+    result = json.loads(path.read_text())
+    assert result["eval_result_metrics"]["reconstruction_quality"] == {"explained_variance": -1, "cossim": -1.0}
+    assert result["eval_result_unstructured"]["not_a_number"] == ["reconstruction_quality.explained_variance"]
+
+
+def test_activations_that_are_no_numbers_end_every_evaluation_of_them(
+    tiny_run: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that emits NaN at one token: no suite has a figure, and each says what is wrong."""
+    emitted = LanguageModel.activations
+
+    def with_nan(self: LanguageModel, ids_RT: torch.Tensor) -> torch.Tensor:
+        x_RTD = emitted(self, ids_RT)
+        x_RTD[0, 3, 2] = float("nan")
+        return x_RTD
+
+    monkeypatch.setattr(LanguageModel, "activations", with_nan)
+    with pytest.raises(EvaluationError) as raised:
+        evaluate([tiny_run["baseline"]], suites=("splitting", "audit"), tokens=300, console=Console(quiet=True))
+    said = str(raised.value)
+    for name in ("splitting", "audit"):
+        assert f"baseline, {name}: ValueError: activations of the model: " in said
+    assert raised.value.results == {"baseline": {}}
