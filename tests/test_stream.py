@@ -354,6 +354,69 @@ def test_whoever_stops_asking_goes_on_after_the_last_batch_that_was_served(close
     assert torch.equal(torch.cat(served), torch.cat([x[POINT][:, 0] for x in expected]))
 
 
+@pytest.mark.parametrize("widened", ["made", "started"])
+def test_a_thread_runs_only_once_its_owner_can_stop_it(widened: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal may come between any two lines; what runs by then must be known to the stream, which stops it."""
+    known: list[bool] = []
+
+    class Looking(Numbers):
+        def read(self, start: Any = None) -> Iterator[Part]:
+            known.append(stream._windows.reading is not None and stream._preparing is not None)
+            yield from super().read(start)
+
+    if widened == "made":  # a pause after the object is made and before whoever makes it has it
+        made = Ahead.__init__
+
+        def slowly(*given: Any, **more: Any) -> None:
+            made(*given, **more)
+            time.sleep(0.05)
+
+        monkeypatch.setattr(Ahead, "__init__", slowly)
+    else:
+        begun = Ahead.start
+
+        def slow_start(ahead: Ahead[Any]) -> None:
+            begun(ahead)
+            time.sleep(0.05)
+
+        monkeypatch.setattr(Ahead, "start", slow_start)
+    stream = ActivationStream(Looking(200), plain(64))
+    assert len(list(stream.batches(10, 200))) == 20
+    assert known == [True]
+
+
+def test_what_is_stopped_before_it_begins_never_reads() -> None:
+    reader = Numbers(200)
+    ahead = Ahead(reader.read, 10, start=False)
+    ahead.stop()
+    ahead.start()
+    assert ahead.take() is None
+    ahead.close()
+    stream = ActivationStream(reader, plain(64))
+    assert stream._windows.stop() is None
+    assert stream._windows._ahead().take() is None
+    assert reader.made == []
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_signal_at_the_start_of_a_thread_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, begun = ActivationStream(Numbers(10**6), plain(64)), Ahead.start
+
+    def interrupted(ahead: Ahead[Any]) -> None:
+        begun(ahead)
+        if ahead._thread.name == "c2r batches":
+            signal.raise_signal(signal.SIGINT)
+
+    before = threads()
+    with monkeypatch.context() as patched:
+        patched.setattr(Ahead, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream.batches(10, 10**6))
+    wait_for(lambda: not threads() - before)
+    assert len(list(itertools.islice(stream.batches(10, 10**6), 3))) == 3
+    stream.close()
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_reaches_a_consumer_that_waits() -> None:
     class Slow(Numbers):
