@@ -26,7 +26,7 @@ from c2r.eval.first_letter import (
     token_rows,
     words_of,
 )
-from c2r.eval.first_letter_absorption import AbsorptionEvaluation, run_absorption
+from c2r.eval.first_letter_absorption import AbsorptionEvaluation, domain, run_absorption
 from c2r.eval.intervals import interval_95
 from c2r.eval.results import write_result
 from c2r.eval.suite import evaluate
@@ -231,9 +231,14 @@ def test_one_result_an_sae_in_sae_benchs_form(bench: Bench, settings: Absorption
     key = "mean_absorption_fraction_score"
     values = [seed[key] for seed in seeds]
     assert one.metrics["mean"][key] == one.summary["absorption_fraction"] == pytest.approx(sum(values) / 2)
+    assert [one.summary[f"absorption_fraction_seed_{SEED + i}"] for i in range(2)] == values
     low, high = one.unstructured["interval_95_over_seeds"][key]
+    assert (one.summary["absorption_fraction_low"], one.summary["absorption_fraction_high"]) == (low, high)
     assert (high - low) / 2 == pytest.approx(12.706 * abs(values[0] - values[1]) / 2, rel=1e-4)
     assert one.summary["letters"] >= 10
+    assert "M parameters and the SAE has 32 latents; SAEBench does not recommend" in one.unstructured["domain"]
+    assert one.summary["absorption_in_domain"] == 0
+    assert [count["words_counted"] for count in one.unstructured["counting"]] == [700, 700]
     assert one.config["prompts"]["words"] == "spaced"
     detail = next(d for d in one.details if d["seed"] == SEED + 1)
     assert set(detail) == {
@@ -246,6 +251,21 @@ def test_one_result_an_sae_in_sae_benchs_form(bench: Bench, settings: Absorption
     assert len(one.details) == sum(len(seed["letters"]) for seed in seeds) - sum(
         letter["probe_f1"] <= 0.6 for seed in seeds for letter in seed["letters"]
     )
+
+
+@pytest.mark.parametrize(
+    ("parameters", "latents", "says"),
+    [
+        (10**9, 16_384, None),
+        (None, 65_536, None),
+        (999_999_999, 16_384, "the language model has 1,000 M parameters; SAEBench does not recommend"),
+        (135_000_000, 65_536, "the language model has 135 M parameters; SAEBench does not recommend"),
+        (2 * 10**9, 16_383, "the SAE has 16,383 latents; SAEBench does not recommend"),
+    ],
+)
+def test_where_the_metric_is_recommended(parameters: int | None, latents: int, says: str | None) -> None:
+    found = domain(parameters, latents)
+    assert found is None if says is None else found is not None and found.startswith(says)
 
 
 def test_not_evaluable_is_a_result_with_its_reason(

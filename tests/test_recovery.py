@@ -214,7 +214,7 @@ def test_recovery_reads_the_preset_from_the_folder(tmp_path: Path) -> None:
     assert results["true"]["known_absorption"] == 0
     assert results["absorbed"]["known_absorption"] == 1
     assert results["absorbed"]["hole"] == 1
-    assert evaluate(folders, tmp_path / "out", suites=("recovery",), tokens=3000) == results
+    assert evaluate(folders[::-1], tmp_path / "out", suites=("recovery",), tokens=3000) == results
     assert evaluate(folders, tmp_path / "out", suites=("recovery",), tokens=3000, seed=1) != results
 
 

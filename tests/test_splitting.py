@@ -34,5 +34,10 @@ def test_a_duplicate_is_shown_to_the_reader(tiny_run: dict[str, Path], tmp_path:
     assert round(close) >= 2
     assert 0 < metrics["composition"]["meta_sae_explained_variance"] < 1
     assert shown["twin"]["composition_ev"] == metrics["composition"]["meta_sae_explained_variance"]
+    # Co-firing at one cosine: the lower of the two means, for both.
+    lower = min(figures["max_cos_mean"] for figures in shown.values())
+    assert {figures["matched_cosine"] for figures in shown.values()} == {lower}
+    assert metrics["splitting"]["matched_cosine_mean"] == pytest.approx(lower, abs=0.05)
+    assert metrics["splitting"]["matched_phi"] == shown["twin"]["matched_phi"]
     floors = {figures["composition_ev_random"] for figures in shown.values()}
     assert len(list((tmp_path / "cache").glob("composition-*"))) == len(floors)  # one a shape

@@ -89,8 +89,9 @@ def test_large_dictionaries_are_sampled(tmp_path: Path, monkeypatch: pytest.Monk
     assert agreement(a, permuted(a, 3)) == pytest.approx(1, abs=1e-5)
     assert agreement(a, b) == agreement(a, b)
     assert agreement(a, b) == pytest.approx(whole, abs=0.08)
-    folders = [saved(tmp_path / f"s{i}", W, i) for i, W in enumerate((a, b, a))]
-    evaluate(folders, suites=("stability",))
+    folders = [saved(tmp_path / f"s{i}", W, i) for i, W in enumerate((a, b, rows(2, 300, 64)))]
+    results = evaluate(folders, suites=("stability",))
+    assert evaluate(folders[::-1], tmp_path / "turned", suites=("stability",)) == results
     written = json.loads((tmp_path / "evaluations" / "s1_stability.json").read_text())
     assert written["eval_config"]["sampled_latents"] == 100
 

@@ -119,7 +119,7 @@ def domain(parameters: int | None, latents: int) -> str | None:
     """
     below = []
     if parameters is not None and parameters < LEAST_PARAMETERS:
-        below.append(f"the language model has {parameters / 1e6:,.3g} M parameters")
+        below.append(f"the language model has {parameters / 1e6:,.0f} M parameters")
     if latents < LEAST_LATENTS:
         below.append(f"the SAE has {latents:,} latents")
     if not below:
