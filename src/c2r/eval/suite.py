@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from c2r.config import ModelConfig
+from c2r.config import DataConfig, ModelConfig
 from c2r.data.harvest import load_language_model, pick_device
 from c2r.data.identify import Identity, identity_of
 from c2r.data.labelled import check_labelled
@@ -222,7 +222,7 @@ def _outcomes(suite: str, run: Run, saes: dict[str, SAE]) -> Iterator[Outcome]:
 def _bench(
     saes: dict[str, SAE],
     models: dict[str, ModelConfig],
-    data: dict[str, Any],
+    text: DataConfig,
     tokens: int,
     seed: int,
     device: torch.device,
