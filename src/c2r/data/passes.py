@@ -246,19 +246,14 @@ class Pass:
 
 
 def _holding_blocks(lm: LanguageModel) -> Iterator[nn.Module]:
-    """The model's parts that hold the blocks, from the largest on."""
-    module, first = lm.model, lm.blocks[0]
+    """The model's parts that hold all blocks and can be called, from the largest on."""
+    module, blocks = lm.model, set(lm.blocks)
     while True:
-        holding = [child for child in module.children() if any(part is first for part in child.modules())]
-        if not holding or holding[0] is first or _lists(holding[0], first):
+        holding = [child for child in module.children() if blocks <= set(child.modules())]
+        if not holding or isinstance(holding[0], (nn.ModuleList, nn.Sequential)) or holding[0] in blocks:
             return
         module = holding[0]
         yield module
-
-
-def _lists(module: nn.Module, block: nn.Module) -> bool:
-    """Whether a module is the list that a block stands in."""
-    return isinstance(module, (nn.ModuleList, nn.Sequential)) and any(child is block for child in module.children())
 
 
 def _hidden(output: Any) -> Tensor:
