@@ -89,7 +89,7 @@ def load_sae(path: str | Path) -> SAE:
         ValueError: no such folder, a damaged or foreign file, a pickle instead of the weights (it is not opened),
             weights that are not finite, or something that is not read; names the file, the key or tensor and the value.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if (folder / WEIGHTS).is_file():
         refuse_pickle(folder / WEIGHTS)
     check_folder(folder)
