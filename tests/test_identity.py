@@ -276,7 +276,7 @@ def test_a_data_set_on_the_hub_is_its_commit(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(hub, "_origin_on_the_hub", hub._origin)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: Builder)
-    reader = open_reader("data", DataConfig(source="hf", path="user/set"))
+    reader = open_reader("data", DataConfig(source="hf", path="user/set", held_out=0))
     first = reader.identity
     assert "2 files of user/set 0123abcd" in first
     assert reader.identity == first

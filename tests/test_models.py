@@ -101,9 +101,8 @@ def test_a_padding_token_beyond_the_embeddings_is_not_used(folder: Path) -> None
     tokenizer.save_pretrained(folder)
     lm = load(folder)
     assert lm.embeddings == 300
-    config = DataConfig(
-        source="files", path=str(write(folder / "a.jsonl", {"text": "The quick [PAD]brown"})), context=64
-    )
+    path = str(write(folder / "a.jsonl", {"text": "The quick [PAD]brown"}))
+    config = DataConfig(source="files", path=path, context=64, parse_special_tokens=True)
     with pytest.raises(ValueError, match=r"a\.jsonl:1: the token '\[PAD\]' has the id 300, .* 300 rows; give the tok"):
         list(packed_rows(config, lm.tokenizer, embeddings=lm.embeddings))
     write(folder / "a.jsonl", {"text": "The quick brown"})

@@ -8,6 +8,7 @@ from typing import Any
 from c2r.config import DataConfig, ModelConfig, RunConfig
 from c2r.data.harvest import LanguageModel, load_language_model, model_path
 from c2r.data.sources import open_reader
+from c2r.data.tokenizer import NoTokenizer
 from c2r.identity import ACTIVATIONS, differences, of_folder, of_tokenizer, versions
 
 Identity = dict[str, Any]
@@ -70,7 +71,8 @@ def local_differences(recorded: Identity, config: RunConfig) -> list[str]:
 
 def _of_model(lm: LanguageModel) -> Identity:
     parts = zip(("configuration", "weights"), lm.identity.split(":"), strict=True)
-    return {"tokenizer": of_tokenizer(lm.tokenizer), "model": dict(parts)}
+    tokenizer = None if isinstance(lm.tokenizer, NoTokenizer) else lm.tokenizer
+    return {"tokenizer": of_tokenizer(tokenizer), "model": dict(parts)}
 
 
 def _model_changed(recorded: dict[str, str], found: dict[str, str], model: ModelConfig) -> bool:
