@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 
@@ -85,7 +85,7 @@ def until(module: nn.Module, hook: Hook, run: Callable[[], Any]) -> Tensor:
 class Blocks(NamedTuple):
     """The blocks of a language model."""
 
-    modules: Sequence[nn.Module]
+    modules: nn.ModuleList | nn.Sequential
     used: frozenset[int]
     """Those that run on text; a layer for images may not."""
     width: int
@@ -132,7 +132,7 @@ def find_blocks(model: nn.Module, run: Run, ids_RT: Tensor, at_least: int) -> Bl
         once = [calls[found[index]][0] for index in used if len(calls[found[index]]) == 1]
         passed = [call for call in once if call is not None]
         if used and len(passed) == len(used) and _chained(passed) and not _within(name, fitting):
-            fitting[name] = Blocks(list(found), frozenset(used), passed[0].before.shape[2])
+            fitting[name] = Blocks(found, frozenset(used), passed[0].before.shape[2])
     if not fitting:
         raise ValueError(
             f"model.name: {type(model).__name__} has no list of {at_least} or more blocks that each run once on text "
