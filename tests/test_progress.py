@@ -44,6 +44,21 @@ def test_lines_tell_what_is_done_the_rate_and_the_time_left(clock: list[float]) 
     ]
 
 
+def test_more_than_was_announced_is_said_once(clock: list[float]) -> None:
+    """A text is read in whole batches, so that a little more than what was asked for is done."""
+    console = file_console()
+    with progress_bar(console) as bar:
+        task = bar.add_task("core", total=100)
+        for _ in range(6):
+            clock[0] += 15
+            bar.advance(task, 30)
+    assert lines_of(console) == [
+        "core: 30/100, 2/s, 35 s left",
+        "core: 90/100, 2/s, 5 s left",
+        "core: 120/100, 2/s, 1.0 min in all",
+    ]
+
+
 def test_what_is_tracked_says_so_too(clock: list[float]) -> None:
     console = file_console()
     with progress_bar(console) as bar:

@@ -22,6 +22,7 @@ class PlainProgress(Progress):
         super().__init__(console=console, disable=True, auto_refresh=False)
         self._began: dict[TaskID, float] = {}
         self._said: dict[TaskID, float] = {}
+        self._ended: set[TaskID] = set()
 
     def add_task(self, *args: Any, **settings: Any) -> TaskID:
         """See `Progress.add_task`; `unit` names what is counted."""
@@ -42,12 +43,14 @@ class PlainProgress(Progress):
     def _say(self, task_id: TaskID) -> None:
         task, now = self._tasks[task_id], time.monotonic()
         seconds, finished = now - self._began[task_id], bool(task.total) and task.completed >= (task.total or 0)
-        first = task_id not in self._said
-        if not task.completed or not (
-            first or now - self._said[task_id] > QUIET_SECONDS or (finished and seconds > QUIET_SECONDS)
-        ):
+        first, last = task_id not in self._said, finished and seconds > QUIET_SECONDS
+        if not task.completed or task_id in self._ended:
+            return
+        if not (first or last or now - self._said[task_id] > QUIET_SECONDS):
             return
         self._said[task_id] = now
+        if finished:
+            self._ended.add(task_id)
         rate = task.completed / max(seconds, 1e-9)
         unit = task.fields.get("unit", "")
         of_total = "" if task.total is None else f"/{task.total:,.0f}"

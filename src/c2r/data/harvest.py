@@ -149,9 +149,9 @@ class LanguageModel:
         return seen[0]
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> Sequence[nn.Module]:
         """The decoder blocks, in their order."""
-        return _blocks(self.model)
+        return list(_blocks(self.model))
 
     def replacing(self, replace: Replace) -> contextlib.AbstractContextManager[None]:
         """While entered, the hook's output passes through `replace`, whose result takes its place."""

@@ -246,11 +246,11 @@ class Pass:
 
 
 def _holding_blocks(lm: LanguageModel) -> Iterator[nn.Module]:
-    """The model's parts that hold the blocks, from the largest on."""
-    module, first = lm.model, lm.blocks[0]
+    """The model's parts that hold all blocks and can be called, from the largest on."""
+    module, blocks = lm.model, set(lm.blocks)
     while True:
-        holding = [child for child in module.children() if any(part is first for part in child.modules())]
-        if not holding or holding[0] is lm.blocks:
+        holding = [child for child in module.children() if blocks <= set(child.modules())]
+        if not holding or isinstance(holding[0], nn.ModuleList) or holding[0] in blocks:
             return
         module = holding[0]
         yield module

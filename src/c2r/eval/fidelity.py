@@ -48,6 +48,8 @@ class Fidelity:
 
     def reconstruct(self, sae: SAE, x_nD: Tensor) -> Tensor:
         """Count one batch of tokens, and return what the SAE makes of them, x̂ `[n, D]`."""
+        if not len(x_nD):
+            return x_nD
         most = _PIECE.get(x_nD.device.type, _PIECE_ELSEWHERE)
         x_hat_nD = torch.empty_like(x_nD)
         size = max(1, most // sae.width)
@@ -55,8 +57,7 @@ class Fidelity:
             acts = _sparse(sae.encode(x_pD))
             self._add_activations(acts)
             x_hat_pD.copy_(decode(acts, sae.W_dec, sae.b_dec) if isinstance(acts, Codes) else sae.decode(acts))
-        if len(x_nD):
-            self._add_reconstruction(x_nD, x_hat_nD)
+        self._add_reconstruction(x_nD, x_hat_nD)
         return x_hat_nD
 
     def joined(self, other: Fidelity) -> Fidelity:
