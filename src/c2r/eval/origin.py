@@ -16,7 +16,7 @@ from c2r.config import DataConfig, Hook, ModelConfig
 from c2r.data_config import text_to_evaluate
 from c2r.interop.sae_config import checked
 
-_READING = ("context", "drop_tokens", "prepend_bos")
+_READING = ("context", "drop_tokens", "parse_special_tokens", "prepend_bos")
 """Keys of `data` that say how rows are read and which tokens count, whatever the text."""
 
 
