@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from c2r.codes import Codes, Support
-from c2r.methods import ConsistencyConfig
+from c2r.machine import quick_dtype
+from c2r.methods import BatchTopKConfig, ConsistencyConfig
 from c2r.neighbors import NeighborTable, renewed_rows
 from c2r.penalty import consistency_penalty
 from c2r.report.html import line_chart
 from c2r.sae.base import SAE
-from c2r.tiles import quick_dtype
 from c2r.train.consistency import Consistency
 from c2r.train.memory import keep_freed_memory
 from published import chunked_penalty
@@ -96,7 +96,8 @@ def in_training(args: argparse.Namespace) -> dict[int, float]:
         latents = torch.randint(width, (args.batch, args.k), generator=generator).sort(dim=1).values.flatten()
         tokens = torch.arange(args.batch).repeat_interleave(args.k)
         acts = Codes(torch.rand(len(latents), generator=generator), Support(latents, tokens, args.batch, width))
-        term = Consistency(ConsistencyConfig(strength=1.0), sae, seed=0)
+        config = BatchTopKConfig(name="x", width=width, k=args.k, c2r=ConsistencyConfig(strength=1.0))
+        term = Consistency(config, args.d_in, seed=0)
         table = NeighborTable(rows=renewed_rows(width, 10**6), dtype=quick_dtype(torch.device("cpu")))
         # The first refresh is a whole search, made once in a run; it is no part of a step.
         others = torch.arange(width).roll(1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from c2r import tiles
 from c2r.neighbors import inverse_norms
-from c2r.tiles import entries_above, nearest_in_tiles, nearest_of_slice, quick_dtype
+from c2r.tiles import entries_above, nearest_in_tiles, nearest_of_slice
 
 
 @settings(deadline=None, max_examples=60)
@@ -89,7 +89,3 @@ def test_equal_rows_and_zero_rows_meet_the_lowest_other() -> None:
     assert (found.index[3:150] == 0).all()
     torch.testing.assert_close(found.cosine[:150], torch.ones(150))
     assert (found.cosine[150:] == 0).all()
-
-
-def test_the_quick_precision_is_one_that_matrices_have() -> None:
-    assert quick_dtype(torch.device("cpu")) in (torch.bfloat16, torch.float32)

@@ -117,7 +117,13 @@ def origin_of(config: RunConfig) -> dict[str, Any]:
     centred = {"center_writing_weights": True} if model.center_writing_weights else {}
     dtype = None if cache is None else cache.dtype
     return {
-        "model": {"name": model.name, "revision": model.revision, "dtype": model.dtype, **centred},
+        "model": {
+            "name": model.name,
+            "revision": model.revision,
+            "dtype": model.dtype,
+            "tokenizer": model.tokenizer,
+            **centred,
+        },
         "data": config.data.model_dump(mode="json", exclude={"workers"}),
         "seed": config.seed,
         "stream": {"rows": config.stream.rows, "text_tokens": config.stream.text_tokens},

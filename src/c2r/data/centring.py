@@ -6,7 +6,7 @@ R rows · T positions · D width of the residual stream.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, get_args
 
 import torch
@@ -20,7 +20,7 @@ _TOLERANCE_HALF = 0.05
 
 
 @torch.no_grad()
-def center(model: Any, blocks: Sequence[nn.Module], run: Run, ids_RT: Tensor, name: str) -> None:
+def center(model: Any, blocks: Iterable[nn.Module], run: Run, ids_RT: Tensor, name: str) -> None:
     """Subtract from everything that hooks see its mean over coordinates, for good.
 
     TransformerLens centres the weights that write to the residual stream; what that leaves at each hook point is the
@@ -35,6 +35,7 @@ def center(model: Any, blocks: Sequence[nn.Module], run: Run, ids_RT: Tensor, na
     Raises:
         ValueError: the model's output depends on that mean, or it cannot be seen how it is normalised.
     """
+    blocks = list(blocks)
     norms = {type(module).__name__ for block in blocks for module in block.modules() if "Norm" in type(module).__name__}
     if norms and all("RMS" in norm for norm in norms):
         return

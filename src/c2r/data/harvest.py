@@ -211,7 +211,7 @@ class LanguageModel:
         return until(self._module, self.hook, lambda: self.model(**row)).float()
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> nn.ModuleList | nn.Sequential:
         """The decoder blocks, in their order."""
         return self._blocks.modules
 

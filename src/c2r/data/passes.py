@@ -58,7 +58,7 @@ class Passes:
         self.lm = lm
         self.notes: list[str] = []
         """What could not be saved, and why; each a sentence for the user."""
-        self._before = list(lm.blocks[: lm.layer + (lm.hook == "resid_post")])
+        self._before = list(lm.blocks)[: lm.layer + (lm.hook == "resid_post")]
         self._head: tuple[nn.Module, Callable[[Tensor], Any]] | None = None
         """The part of the model whose output the head reads, and what makes such an output of states."""
         few_RT = ids_RT[: _TRIAL[0], : _TRIAL[1]].to(lm.device)
