@@ -362,3 +362,9 @@ def test_recovery_reads_activations_that_training_never_served(whole: Path, monk
     assert len(fresh) > 50
     nearest = torch.cdist(fresh, served, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
     assert nearest.min() > 1e-4
+
+
+def test_what_is_no_number_is_no_outlier() -> None:
+    """Left out as outliers, NaN and infinity would leave the figures of the rest, and nobody would know."""
+    norms_n = torch.tensor([1.0, float("nan"), 20.0, float("inf")])
+    assert Counting(10.0).counts(norms_n).tolist() == [True, True, False, True]

@@ -253,7 +253,7 @@ def test_a_figure_that_does_not_exist_is_told_from_a_true_minus_one(tmp_path: Pa
 
 
 def test_activations_that_are_no_numbers_end_every_evaluation_of_them(
-    tiny_run: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    tiny_run: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that emits NaN at one token: no suite has a figure, and each says what is wrong."""
     emitted = LanguageModel.activations
@@ -265,7 +265,13 @@ def test_activations_that_are_no_numbers_end_every_evaluation_of_them(
 
     monkeypatch.setattr(LanguageModel, "activations", with_nan)
     with pytest.raises(EvaluationError) as raised:
-        evaluate([tiny_run["baseline"]], suites=("splitting", "audit"), tokens=300, console=Console(quiet=True))
+        evaluate(
+            [tiny_run["baseline"]],
+            suites=("splitting", "audit"),
+            tokens=300,
+            cache=tmp_path,
+            console=Console(quiet=True),
+        )
     said = str(raised.value)
     for name in ("splitting", "audit"):
         assert f"baseline, {name}: ValueError: activations of the model: " in said

@@ -31,10 +31,13 @@ class Counting(NamedTuple):
     """What `max_norm` is a multiple of, for messages; None: not known."""
 
     def counts(self, norms_n: Tensor) -> Tensor:
-        """Bool `[n]`: which tokens count, by the norms `[n]` of their activations."""
+        """Bool `[n]`: which tokens count, by the norms `[n]` of their activations.
+
+        NaN and infinity count, so that they are found: as outliers they would be left out in silence.
+        """
         if self.max_norm is None:
             return torch.ones_like(norms_n, dtype=torch.bool)
-        return norms_n <= self.max_norm
+        return (norms_n <= self.max_norm) | ~norms_n.isfinite()
 
     def of(self, x_nD: Tensor) -> Tensor:
         """Bool `[n]`: which of the activations `[n, D]` count."""

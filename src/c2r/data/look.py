@@ -26,6 +26,8 @@ MULTIPLES = (2, 5, 10)
 SAMPLE = 8192
 """Most tokens from which variances are taken."""
 _NAMED, _BLOCK, _ROUNDS = 5, 8, 5
+_DIGITS = 4
+"""Of shares of variance that are recorded; further ones depend on the number of threads."""
 Decode = Callable[[int], str | None]
 """The text of a token, or None where it is not known."""
 
@@ -78,6 +80,7 @@ def look_at(
     x_mD = rows_of(place_m).float()
     first, top = shares_of_variance(x_mD)
     some_large = bool(large_n[place_m].any())
+    without = shares_of_variance(x_mD[~large_n[place_m]])[0] if some_large else first
     return Look(
         tokens=len(norms_n),
         median_norm=median,
@@ -86,9 +89,9 @@ def look_at(
         share_dropped=_share(~keep_n),
         large_share=int(large_n.sum()) / len(kept_k),
         large_square=(squares_n[large_n].sum() / squares_n[kept_k].sum()).item(),
-        first_direction=first,
-        first_direction_without=shares_of_variance(x_mD[~large_n[place_m]])[0] if some_large else first,
-        top_coordinate=top,
+        first_direction=round(first, _DIGITS),
+        first_direction_without=round(without, _DIGITS),
+        top_coordinate=round(top, _DIGITS),
         sinks=_most_frequent(ids_n[large_n], decode),
     )
 
