@@ -66,7 +66,7 @@ ROWS = (
     Row("saebench_absorption", "absorption fraction (sae-bench)", ".3f"),
     Row("saebench_sparse_probing", "1-sparse probing accuracy (sae-bench)", ".3f"),
     Row("saebench_meta_structure", "meta-SAE's EV of the decoder (sae-bench) *", ".3f"),
-    Row("matched_phi", "co-firing φ of pairs at one cosine ‡, mean", ".3f"),
+    Row("matched_phi", "co-firing φ of pairs at one cosine §, mean", ".3f"),
     Row("neighbor_phi", "nearest neighbours' co-firing φ, mean *", ".3f"),
     Row("neighbor_jaccard", "nearest neighbours' co-firing, Jaccard, mean *", ".3f"),
     Row("composition_ev", "EV of the decoder by a meta-SAE *", ".3f"),
@@ -86,7 +86,7 @@ FLOOR_NOTE = (
     "(√(2 ln F / D))."
 )
 MATCHED_NOTE = (
-    "‡ in every SAE the pairs of latents whose cosine is nearest to {cosine:.3f}, the lowest mean nearest-neighbour "
+    "§ In each SAE, the pairs of latents whose cosine is nearest to {cosine:.3f}, the lowest mean nearest-neighbour "
     "cosine among these SAEs: a difference here is not one of how far apart the pairs are."
 )
 ABSORPTION_NOTE = (
