@@ -113,15 +113,17 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     rows = [{"text": os.urandom(300).hex()} for _ in range(200)]
     write_parquet(path, rows)
-    assert sorted(read_all(DataConfig(source="files", path=str(path)))) == sorted(row["text"] for row in rows)
+    assert sorted(read_all(DataConfig(source="files", path=str(path), held_out=0))) == sorted(
+        row["text"] for row in rows
+    )
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read from row 0 on"):
-        check_source(DataConfig(source="files", path=str(path)))
+        check_source(DataConfig(source="files", path=str(path), held_out=0))
     half = len(data) // 2
     path.write_bytes(data[: half - 3000] + bytes(6000) + data[half + 3000 :])  # whole pages are gone
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read from row \d\d+ on"):
-        read_all(DataConfig(source="files", path=str(path)))
+        read_all(DataConfig(source="files", path=str(path), held_out=0))
 
 
 CHATS: list[tuple[Any, str]] = [
