@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from c2r.cli import main
-from c2r.config import DataConfig, ModelConfig
+from c2r.config import ModelConfig
 from c2r.data.harvest import load_language_model
 from c2r.eval.origin import OF_THE_MODEL, SAID, data_of, model_of
 from c2r.eval.suite import evaluate
@@ -95,11 +95,10 @@ def test_rows_are_made_as_the_file_says() -> None:
     assert data_of(ours, {"source": "files", "path": "b.jsonl", "drop_tokens": []}).drop_tokens == []
 
 
-@pytest.mark.skipif("prepend_bos" not in DataConfig.model_fields, reason="the text has no such key yet")
 def test_rows_without_bos_where_the_file_says_so() -> None:
     here = {"source": "files", "path": "a.jsonl"}
-    assert getattr(data_of(said(prepend_bos=False), here), "prepend_bos") is False  # noqa: B009
-    assert getattr(data_of(said(prepend_bos=True), here), "prepend_bos") is None  # noqa: B009
+    assert data_of(said(prepend_bos=False), here).prepend_bos is False
+    assert data_of(said(prepend_bos=True), here).prepend_bos is None
     ours = {"c2r": {"data": here | {"prepend_bos": False}, "model": None}}
     assert getattr(data_of(ours, {"source": "files", "path": "b"}), "prepend_bos") is False  # noqa: B009
 

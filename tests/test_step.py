@@ -139,7 +139,9 @@ def test_a_floor_that_no_cosine_exceeds_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=r"= 1\.00 at F = 170000 latents and D = 24"):
         train(known_run(tmp_path / "run", saes=saes))
     assert not (tmp_path / "run" / "run.yaml").exists()
-    assert run_of(width=512, d_in=16, c2r={"strength": 1.0, "margin": "floor"}).consistency.margin < 1  # type: ignore[union-attr]
+    consistency = run_of(width=512, d_in=16, c2r={"strength": 1.0, "margin": "floor"}).consistency
+    assert consistency is not None
+    assert consistency.margin < 1
     assert [random_floor(*shape) for shape in ((2, 1), (1, 1), (1, 8), (4096, 1))] == [1, 0, 0, 1]
 
 
