@@ -43,18 +43,19 @@ from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
 from safetensors.torch import save_file
 from torch import Tensor
 
-from c2r.config import DataConfig, ModelConfig
-from c2r.data.harvest import LanguageModel, load_language_model
-from c2r.data.text import stdlib_documents
-from c2r.data.tokens import Rows
-from c2r.eval.absorption import Absorption, Labelled, absorption, encoded
+from c2r.config.run import ModelConfig
+from c2r.config.text import DataConfig
+from c2r.eval.absorption.concepts import Absorption, Labelled, absorption, encoded
+from c2r.eval.absorption.first_letter import LETTERS, Collection, FirstLetterSettings, collect, words_of
+from c2r.eval.absorption.probes import LinearProbe
+from c2r.eval.absorption.sparse_probes import l1_probe
 from c2r.eval.bench import Bench, Cache
 from c2r.eval.core import evaluate_core
-from c2r.eval.first_letter import LETTERS, Collection, FirstLetterSettings, collect, words_of
-from c2r.eval.probes import LinearProbe
-from c2r.eval.sparse_probes import l1_probe
 from c2r.interop.saelens import load_sae
-from c2r.sae.base import SAE
+from c2r.language_model.model import LanguageModel, load_language_model
+from c2r.sae.model import SAE
+from c2r.text.packing import Rows
+from c2r.text.stdlib import stdlib_documents
 
 TEMPLATE, POSITION, MAX_K, JUMP = "{word} has the first letter:", -6, 10, 0.03
 BATCHES, ROWS, CONTEXT = 4, 4, 64

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.config import DataConfig, ModelConfig
-from c2r.data.harvest import LanguageModel, load_language_model
-from c2r.data.tokens import Rows, packed_rows
+from c2r.config.run import ModelConfig
+from c2r.config.text import DataConfig
 from c2r.eval.core import evaluate_core
-from c2r.sae.base import SAE, Extra
+from c2r.language_model.model import LanguageModel, load_language_model
+from c2r.sae.model import SAE, Extra
+from c2r.text.packing import Rows, packed_rows
 
 
 def random_llama(layer: int, dtype: str) -> LanguageModel:

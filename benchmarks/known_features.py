@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from c2r.config import TrainConfig
-from c2r.data.features import known_features
-from c2r.data.stream import KNOWN, SyntheticStream
-from c2r.data.synthetic import KnownFeatures
+from c2r.config.known_features import preset
+from c2r.config.run import TrainConfig
+from c2r.config.saes import METHODS
 from c2r.eval.recovery import Recovery
-from c2r.methods import METHODS
-from c2r.presets import preset
-from c2r.train.run import Run
+from c2r.known_features.generator import KnownFeatures
+from c2r.known_features.presets import known_features
+from c2r.known_features.stream import KNOWN, SyntheticStream
+from c2r.training.run import Run
 
 BATCH, EVALUATED = 512, 20_000
 TOP_K, L1 = {"method": "batch_top_k"}, {"method": "standard", "l1": 0.03}

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from c2r.config import parse_config
+from c2r.config.load import parse_config
 from c2r.report.html import line_chart
-from c2r.train.checkpoint import list_checkpoints
-from c2r.train.trainer import train
+from c2r.training.checkpoint import list_checkpoints
+from c2r.training.trainer import train
 from memory import resident
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

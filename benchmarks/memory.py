@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from c2r.config import TrainConfig
-from c2r.methods import BatchTopKConfig, ConsistencyConfig
-from c2r.train.memory import keep_freed_memory
-from c2r.train.run import Run
+from c2r.config.run import TrainConfig
+from c2r.config.saes import BatchTopKConfig, ConsistencyConfig
+from c2r.memory import keep_freed_memory
+from c2r.training.run import Run
 from step import activations
 
 

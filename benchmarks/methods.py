@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from c2r.config import TrainConfig
-from c2r.data.features import known_features
-from c2r.data.stream import KNOWN, SyntheticStream
-from c2r.data.synthetic import KnownFeatures
-from c2r.eval.cofiring import Cofiring
+from c2r.config.known_features import preset
+from c2r.config.run import TrainConfig
+from c2r.config.saes import METHODS
 from c2r.eval.core import Fidelity
-from c2r.methods import METHODS
-from c2r.presets import preset
-from c2r.train.run import Run
+from c2r.eval.splitting.cofiring import Cofiring
+from c2r.known_features.generator import KnownFeatures
+from c2r.known_features.presets import known_features
+from c2r.known_features.stream import KNOWN, SyntheticStream
+from c2r.training.run import Run
 
 # What each method needs to reach about the tree's own L0; everything else is its default.
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -22,10 +22,10 @@ from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sparsify import SparseCoder, SparseCoderConfig
 
-from c2r.config import TrainConfig
-from c2r.methods import METHODS, ConsistencyConfig
-from c2r.train.memory import keep_freed_memory
-from c2r.train.run import Run
+from c2r.config.run import TrainConfig
+from c2r.config.saes import METHODS, ConsistencyConfig
+from c2r.memory import keep_freed_memory
+from c2r.training.run import Run
 from step import activations, timed
 
 Step = Callable[[torch.Tensor], object]

@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from c2r.codes import Codes, Support
+from c2r.config.saes import BatchTopKConfig, ConsistencyConfig
+from c2r.kernels.codes import Codes, Support
 from c2r.machine import quick_dtype
-from c2r.methods import BatchTopKConfig, ConsistencyConfig
+from c2r.memory import keep_freed_memory
 from c2r.neighbors import NeighborTable, renewed_rows
 from c2r.penalty import consistency_penalty
 from c2r.report.html import line_chart
-from c2r.sae.base import SAE
-from c2r.train.consistency import Consistency
-from c2r.train.memory import keep_freed_memory
+from c2r.sae.model import SAE
+from c2r.training.consistency import Consistency
 from published import chunked_penalty
 from step import timed
 

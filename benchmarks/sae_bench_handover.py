@@ -28,13 +28,13 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from c2r.config import ModelConfig
-from c2r.data import harvest
-from c2r.eval import sae_bench as bridge
+from c2r.config.run import ModelConfig
+from c2r.eval.saebench import evaluation as bridge
+from c2r.eval.saebench.handover import HandedSAE
 from c2r.eval.suite import evaluate
-from c2r.interop.sae_bench import HandedSAE
 from c2r.interop.saelens import load_sae, save_sae
-from c2r.sae.base import SAE
+from c2r.language_model import model as harvest
+from c2r.sae.model import SAE
 
 NAME, LAYER, D = "EleutherAI/pythia-160m-deduped", 1, 64
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

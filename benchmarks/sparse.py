@@ -3,7 +3,7 @@
     python benchmarks/sparse.py            or with  --json
 
 Both ways for the same SAE at biases that make more or fewer latents fire; medians over interleaved rounds. The crossing
-is `SPARSE_BELOW` in `c2r.train.run`.
+is `SPARSE_BELOW` in `c2r.training.run`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import statistics
 
 import torch
 
-from c2r.config import TrainConfig
-from c2r.methods import METHODS
-from c2r.train.memory import keep_freed_memory
-from c2r.train.run import Run
+from c2r.config.run import TrainConfig
+from c2r.config.saes import METHODS
+from c2r.memory import keep_freed_memory
+from c2r.training.run import Run
 from step import activations, timed
 
 

@@ -4,7 +4,7 @@
 
 Medians over interleaved rounds after warm-up, so that a noisy machine disturbs every row alike. The published step is
 measured as the mean over its cycle of five, one of which has its C²R. `--default-allocator` leaves out what
-`c2r train` asks of the C library (see `c2r.train.memory`), for every row. At the paper's shape a cycle of the published
+`c2r train` asks of the C library (see `c2r.memory`), for every row. At the paper's shape a cycle of the published
 step takes minutes:
 
     python benchmarks/step.py --d-in 2304 --width 65536 --k 60 --only floor lagged fp32 --cycles 1
@@ -21,10 +21,10 @@ from collections.abc import Callable
 
 import torch
 
-from c2r.config import TrainConfig
-from c2r.methods import BatchTopKConfig, ConsistencyConfig
-from c2r.train.memory import keep_freed_memory
-from c2r.train.run import Run
+from c2r.config.run import TrainConfig
+from c2r.config.saes import BatchTopKConfig, ConsistencyConfig
+from c2r.memory import keep_freed_memory
+from c2r.training.run import Run
 from published import PublishedStep
 
 LABELS = {

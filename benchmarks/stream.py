@@ -29,14 +29,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from c2r.config import HookPoint, ModelConfig, StreamConfig, load_config
-from c2r.data import cache
-from c2r.data.cache import CacheReader, read_shards, write_shard
-from c2r.data.harvest import load_language_model
-from c2r.data.reader import Part, live_reader
-from c2r.data.stream import ActivationStream
-from c2r.train.memory import keep_freed_memory
-from c2r.train.run import Run
+from c2r.activations import cache
+from c2r.activations.cache import CacheReader, read_shards, write_shard
+from c2r.activations.reader import Part, live_reader
+from c2r.activations.stream import ActivationStream
+from c2r.config.hooks import HookPoint
+from c2r.config.load import load_config
+from c2r.config.run import ModelConfig, StreamConfig
+from c2r.language_model.model import load_language_model
+from c2r.memory import keep_freed_memory
+from c2r.training.run import Run
 
 POINT = HookPoint(12, "resid_post")
 

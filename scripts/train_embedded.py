@@ -25,8 +25,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from c2r.data.text import PAIRS_PER_LIST, spelling_documents, stdlib_documents, vocabulary_words
-from c2r.eval.probes import f1_per_class, one_vs_rest_probe
+from c2r.eval.absorption.probes import f1_per_class, one_vs_rest_probe
+from c2r.text.spelling import PAIRS_PER_LIST, spelling_documents, vocabulary_words
+from c2r.text.stdlib import stdlib_documents
 
 VOCABULARY, WIDTH, LAYERS, HEADS, MLP = 8192, 512, 2, 8, 1024
 CONTEXT, ROWS = 256, 16

@@ -38,7 +38,7 @@ def unchecked() -> Iterator[None]:
 @pytest.fixture
 def quick_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """A meta-SAE of few steps, where its figure is not what is tested."""
-    from c2r.eval import composition
+    from c2r.eval.splitting.evaluation import composition
 
     monkeypatch.setattr(composition, "_PASSES", 5)
     monkeypatch.setattr(composition, "_STEPS", 20)
@@ -47,7 +47,7 @@ def quick_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Random models of five families, made from configs and saved as any Hugging Face model is."""
-    from helpers import save_tiny_models
+    from builders import save_tiny_models
 
     return save_tiny_models(tmp_path_factory.mktemp("models"))
 
@@ -55,8 +55,8 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path], corpus: Path) -> Path:
     """The folder of a run of seconds, for `tiny_run` to copy."""
-    from c2r.train.trainer import train
-    from helpers import run_config
+    from builders import run_config
+    from c2r.training.trainer import train
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     train(run_config(folder, tiny_models["llama"], corpus))
@@ -73,8 +73,8 @@ def tiny_run(trained: Path, tmp_path: Path) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on known features that nothing has disturbed."""
-    from c2r.train.trainer import train
-    from helpers import known_run
+    from builders import known_run
+    from c2r.training.trainer import train
 
     folder = tmp_path_factory.mktemp("known") / "whole"
     train(known_run(folder))
@@ -83,7 +83,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from helpers import write_corpus
+    from builders import write_corpus
 
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 

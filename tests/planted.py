@@ -13,7 +13,7 @@ import pyarrow.parquet
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from c2r.data.files import zstd_module
+from c2r.text.files import zstd_module
 
 WORDS = ["".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=3)][:2000]
 zstd = zstd_module()

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from builders import run_config, write_corpus
 from c2r.cli import main
-from c2r.config import load_config
+from c2r.config.load import load_config
 from c2r.demo import _is_a_demo, run_demo
 from c2r.eval.suite import model_of
 from c2r.report.html import write_report
-from helpers import run_config, write_corpus
 
 
 def run_yaml(tmp_path: Path, model: Path) -> Path:

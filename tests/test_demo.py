@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from builders import known_run, run_config
 from c2r import demo
-from c2r.config import RunConfig, load_config
-from c2r.data.features import known_features
+from c2r.config.known_features import SyntheticConfig
+from c2r.config.load import load_config
+from c2r.config.run import RunConfig
 from c2r.demo import run_demo
-from c2r.presets import SyntheticConfig
-from c2r.train.trainer import train
-from helpers import known_run, run_config
+from c2r.known_features.presets import known_features
+from c2r.training.trainer import train
 
 FIGURES = {"ev", "known_absorption", "hole", "latents_per_parent", "mcc"}
 

@@ -9,21 +9,18 @@ import pytest
 import torch
 
 import c2r
-from c2r.config import RunConfig, TrainConfig
-from c2r.eval.absorbed import AbsorptionSettings
-from c2r.eval.absorption import absorption
-from c2r.eval.composition import composition
+from builders import known_run, run_config
+from c2r.config.run import RunConfig, TrainConfig
+from c2r.eval.absorption.concepts import absorption
+from c2r.eval.absorption.scoring import AbsorptionSettings
 from c2r.eval.recovery import Recovery
+from c2r.eval.splitting.composition import composition
 from c2r.eval.suite import evaluate
 from c2r.neighbors import nearest_neighbors
-from c2r.train.run import Run
-from c2r.train.stop import Stopped
-from c2r.train.trainer import train
-from helpers import known_run, run_config
-from test_absorption import random_case
-from test_methods import METHODS, SCALE, TREE, configured, plain
-from test_resume import signalled
-from test_sparse import FREE_K
+from c2r.training.run import Run
+from c2r.training.signals import Stopped
+from c2r.training.trainer import train
+from small_runs import FREE_K, METHODS, SCALE, TREE, configured, plain, random_case, signalled
 
 pytestmark = pytest.mark.gpu
 

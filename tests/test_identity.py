@@ -13,13 +13,14 @@ import transformers
 from tokenizers import normalizers, processors
 from torch import nn
 
+from builders import CONFIGS, tiny_tokenizer
 from c2r import identity
-from c2r.config import DataConfig, ModelConfig
-from c2r.data import hub
-from c2r.data.harvest import load_language_model
-from c2r.data.sources import StdlibReader, open_reader
+from c2r.config.run import ModelConfig
+from c2r.config.text import DataConfig
 from c2r.identity import differences, of_files, of_folder, of_model, of_tensors, of_tokenizer
-from helpers import CONFIGS, tiny_tokenizer
+from c2r.language_model.model import load_language_model
+from c2r.text import hub
+from c2r.text.sources import StdlibReader, open_reader
 
 # Weights
 
@@ -232,7 +233,7 @@ def test_sources_are_what_they_hold(tmp_path: Path) -> None:
 
 def test_the_standard_library_is_its_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert StdlibReader(True).identity != StdlibReader(False).identity
-    from c2r.data import sources
+    from c2r.text import sources
 
     paths = write(tmp_path, a_py="one = 1", b_py="two = 2")
     monkeypatch.setattr(sources, "stdlib_part", lambda held_out: paths)

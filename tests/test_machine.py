@@ -9,16 +9,16 @@ import pytest
 import torch
 from rich.console import Console
 
+from builders import known_run
 from c2r import machine
-from c2r.config import TrainConfig
+from c2r.config.run import TrainConfig
+from c2r.config.saes import METHODS, BatchTopKConfig
 from c2r.machine import fast_dtype, int8_pays, quick_dtype, usable_features
-from c2r.methods import METHODS, BatchTopKConfig
-from c2r.train import precision
-from c2r.train.precision import Precision, choose_precision, precision_lines
-from c2r.train.run import Run
-from c2r.train.stop import Stopped
-from c2r.train.trainer import train
-from helpers import known_run
+from c2r.training import precision
+from c2r.training.precision import Precision, choose_precision, precision_lines
+from c2r.training.run import Run
+from c2r.training.signals import Stopped
+from c2r.training.trainer import train
 
 AVX2 = ("avx2",)
 CLIENT = ("avx2", "avx_vnni")

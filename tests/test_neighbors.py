@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from c2r import tiles
+from c2r.kernels import nearest as tiles
 from c2r.neighbors import NeighborTable, nearest_neighbors
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from c2r.codes import from_dense, norms
+from c2r.kernels.codes import from_dense, norms
 from c2r.neighbors import nearest_neighbors
 from c2r.penalty import consistency_penalty, lambda_of_strength, pair_cosines, penalty_from_norms, strength_of_lambda
 

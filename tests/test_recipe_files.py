@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from c2r.config import HookPoint, load_config
-from c2r.data.cache import origin_of
+from builders import ROOT
+from c2r.activations.cache import origin_of
+from c2r.config.hooks import HookPoint
+from c2r.config.load import load_config
 from c2r.penalty import strength_of_lambda
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 POINTS = {"gemma-2-2b": 12, "qwen3-8b": 18, "llama-3-8b": 16}
 
 

@@ -8,23 +8,26 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from c2r.version import __version__
+
 if TYPE_CHECKING:
-    from c2r.codes import Codes
-    from c2r.config import RunConfig, load_config
+    from c2r.config.load import load_config
+    from c2r.config.run import RunConfig
     from c2r.eval.suite import evaluate
     from c2r.interop.saelens import load_sae as load
+    from c2r.kernels.codes import Codes
     from c2r.neighbors import Neighbors, NeighborTable, nearest_neighbors
     from c2r.penalty import consistency_penalty, lambda_of_strength, strength_of_lambda
-    from c2r.sae.base import SAE
-    from c2r.train.trainer import train
+    from c2r.sae.model import SAE
+    from c2r.training.trainer import train
 
-__version__ = "0.1.0"
 __all__ = [
     "SAE",
     "Codes",
     "NeighborTable",
     "Neighbors",
     "RunConfig",
+    "__version__",
     "consistency_penalty",
     "evaluate",
     "lambda_of_strength",
@@ -36,19 +39,19 @@ __all__ = [
 ]
 
 _WHERE = {
-    "SAE": "sae.base",
-    "Codes": "codes",
+    "SAE": "sae.model",
+    "Codes": "kernels.codes",
     "NeighborTable": "neighbors",
     "Neighbors": "neighbors",
-    "RunConfig": "config",
+    "RunConfig": "config.run",
     "consistency_penalty": "penalty",
     "evaluate": "eval.suite",
     "lambda_of_strength": "penalty",
     "load": "interop.saelens",
-    "load_config": "config",
+    "load_config": "config.load",
     "nearest_neighbors": "neighbors",
     "strength_of_lambda": "penalty",
-    "train": "train.trainer",
+    "train": "training.trainer",
 }
 _RENAMED = {"load": "load_sae"}
 

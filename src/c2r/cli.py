@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
-from c2r import __version__
+from c2r.version import __version__
 
 
 def demo(out: Path = Path("runs/demo")) -> None:
@@ -38,8 +38,8 @@ def train(
         overwrite: Start afresh in place of an earlier run in the output folder.
         skip_damaged: Where the newest checkpoint is damaged, go on from the last that is whole.
     """
-    from c2r.config import load_config
-    from c2r.train.trainer import train as train_run
+    from c2r.config.load import load_config
+    from c2r.training.trainer import train as train_run
 
     config = load_config(run, tuple(value for values in set for value in values))
     folders = train_run(config, overwrite=overwrite, skip_damaged=skip_damaged)
@@ -62,8 +62,8 @@ def harvest(
         set: Values that replace the file's, for example cache.path=/data/acts.
         verify: Compare the checksums of all that is there first, and make anew what is damaged.
     """
-    from c2r.config import load_config
-    from c2r.data.fill import fill_cache
+    from c2r.activations.harvest import fill_cache
+    from c2r.config.load import load_config
 
     changes = [value for values in set for value in values]
     folder = fill_cache(load_config(run, tuple(changes)), verify=verify)
@@ -73,7 +73,7 @@ def harvest(
 
 def _evaluations(config: Any, folders: dict[str, Path]) -> list[str]:
     """The commands that evaluate a run's SAEs, ready for a shell: one for each hook point, whose SAEs are compared."""
-    from c2r.presets import SyntheticConfig
+    from c2r.config.known_features import SyntheticConfig
 
     together: dict[Any, list[str]] = {}
     for sae in config.saes:
@@ -140,8 +140,8 @@ def evaluate(
         max_requests: For autointerp: refuse, before the first request, what would take more.
         key_in_clear: For autointerp: let the key be sent to another machine over http.
     """
-    from c2r.eval.first_letter_absorption import absorption_of
-    from c2r.eval.judge import judge_of
+    from c2r.eval.absorption.evaluation import absorption_of
+    from c2r.eval.autointerp.judge import judge_of
     from c2r.eval.suite import EvaluationError
     from c2r.eval.suite import evaluate as evaluate_saes
     from c2r.report.table import print_results

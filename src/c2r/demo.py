@@ -8,14 +8,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from c2r.config import RunConfig, load_config
+from c2r.config.load import load_config
+from c2r.config.run import RunConfig
 from c2r.eval.results import write_json
 from c2r.eval.suite import evaluate
 from c2r.report.html import write_report
 from c2r.report.table import print_results, summary
 from c2r.storage import in_the_way, record
-from c2r.train.output import KIND, METRICS_FILE, RUN_FILE, finished
-from c2r.train.trainer import train
+from c2r.training.folder import KIND, METRICS_FILE, RUN_FILE, finished
+from c2r.training.trainer import train
 
 EVALUATION_TOKENS = 40_000
 SUITES = ("core", "absorption", "splitting")

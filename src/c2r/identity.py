@@ -157,7 +157,7 @@ def of_folder(folder: Path) -> dict[str, str]:
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of c2r and of the libraries that figures pass through: facts to be recorded, and no ground to refuse."""
-    from c2r import __version__
+    from c2r.version import __version__
 
     found = {"c2r": __version__}
     for package in ("torch", "transformers", "tokenizers", "datasets"):

@@ -48,6 +48,23 @@ _FROM_WITH_BF16, _FROM_WITH_FP32 = 224, 96
 to an fp32 product int8 gains more (docs/performance.md)."""
 
 
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        ValueError: not a device, or not one that is here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"train.device: got {name!r}, which cannot be used here; accepted: auto, cpu, cuda, cuda:0… "
+                         f"({str(error).splitlines()[0]})") from error  # fmt: skip
+    return device
+
+
 def fast_dtype(features: Iterable[str]) -> torch.dtype:
     """The precision in which a CPU with these features multiplies large matrices fastest: bfloat16 or float32."""
     found = set(features)

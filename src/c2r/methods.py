@@ -1,293 +1,181 @@
-"""What a YAML may say about one SAE: a section a method, told apart by `method`; and about C²R.
+"""Methods: a row each, naming how it encodes and what it minimises. A new method is a function and a row here,
+and a section in `methods.py`.
 
-`null` defaults are settled from the length of the run, so that a short run is not all warm-up; `docs/methods.md` has
-the table of methods with their papers.
+B tokens in a batch · D width of the activations · F latents.
 """
-
-# Each method narrows `method` to its own name, which is how a YAML section finds its class.
-# pyright: reportIncompatibleVariableOverride=false
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from torch import Tensor
+from torch.nn import functional as F
 
-_WHOLE = re.compile(r"\d+(\.\d*)?[eE]\+?\d+")
-RESERVED = (
-    "run.yaml", "metrics.jsonl", "summary.json", "report.html", "evaluations", "checkpoints",
-    "known_features", "known_features.json", "faulty", "tensorboard", "wandb",
-)  # fmt: skip
-"""What else lies in a run's folder; no SAE can be called so."""
+from c2r import losses as terms
+from c2r.kernels.codes import Codes
+from c2r.losses import Encoded, Forward
+from c2r.sae.jumprelu import jump_relu, published_soft_l0, soft_l0
+from c2r.sae.model import Architecture
+from c2r.sae.selection import support_above, top_k_of_each_token
 
+if TYPE_CHECKING:
+    from c2r.training.run import Run
 
-def _whole(value: Any) -> Any:
-    """YAML 1.1 reads 2e6 as text; take it as the count it was meant to be."""
-    return int(float(value)) if isinstance(value, str) and _WHOLE.fullmatch(value) else value
-
-
-Hook = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
+Term = Callable[["Run[Any]", Forward], Tensor]
 
 
-class HookPoint(NamedTuple):
-    """A place in a language model whose activations are learnt."""
+class Recipe(NamedTuple):
+    """One method."""
 
-    layer: int
-    """Block, counted from 0."""
-    hook: Hook
-
-    @property
-    def name(self) -> str:
-        """In the field's (TransformerLens's) words."""
-        return f"blocks.{self.layer}.hook_{self.hook}"
-
-    @classmethod
-    def of(cls, name: str) -> HookPoint:
-        """The hook point of such a name.
-
-        Raises:
-            ValueError: the name is none of ours.
-        """
-        found = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", name)
-        if found is None or found[2] not in get_args(Hook):
-            raise ValueError(f"hook point: got {name!r}; expected blocks.N.hook_X, X being one of {get_args(Hook)}")
-        return cls(int(found[1]), cast(Hook, found[2]))
+    encode: Callable[[Run[Any], Tensor], Encoded]
+    """Activations of a batch `[B, D]`."""
+    terms: dict[str, Term]
+    """What is minimised besides C²R, each term with its weight; they are summed."""
+    architecture: Architecture
+    """Of the saved SAE."""
+    trained_as: Architecture = "standard"
+    """Which weights are trained."""
+    unit_rows: bool = True
+    """Decoder rows are held at norm 1: the gradient's part along them is taken out, and they are renormalised."""
+    initial_norm: float = 1.0
+    """Of the decoder's and encoder's rows."""
+    median_start: bool = True
+    """b_dec starts at the geometric median of the first batch."""
+    subtract_b_dec: bool = True
+    """Whether x − b_dec or x enters the encoder."""
 
 
-def at_home(path: Any) -> Any:
-    """A path in which `~` at the beginning is the user's home folder, as a shell has it; all else as it is.
-
-    Raises:
-        ValueError: `~name` of a user who is not there.
-    """
-    if not str(path).startswith("~"):
-        return path
-    try:
-        return type(path)(Path(path).expanduser())
-    except RuntimeError as error:
-        raise ValueError(f"got {str(path)!r}: {error}; write the folder out") from error
+def encode_relu(run: Run[Any], x_BD: Tensor) -> Encoded:
+    """f = ReLU(pre)."""
+    if not run.sparse_pays:
+        return Encoded(F.relu(run.product(x_BD)))
+    support = support_above(run.selecting_product(x_BD), -run.sae.b_enc)
+    return Encoded(Codes(F.relu(run.encode_at(x_BD, support)), support))
 
 
-Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
-Share = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0)]
+def encode_jump_relu(run: Run[Any], x_BD: Tensor) -> Encoded:
+    """f = pre where pre > threshold."""
+    threshold_F: Any = run.sae.threshold
+    if not run.sparse_pays:
+        pre_BF = run.product(x_BD)
+        return Encoded(jump_relu(pre_BF, threshold_F, run.config.bandwidth), pre=pre_BF)
+    # The entries that fire, and those so little below their threshold that they count in its gradient.
+    support = support_above(run.selecting_product(x_BD), threshold_F - run.config.bandwidth / 2 - run.sae.b_enc)
+    pre_N = run.encode_at(x_BD, support)
+    acts_N = jump_relu(pre_N, threshold_F[support.latents_N], run.config.bandwidth)
+    return Encoded(Codes(acts_N, support), pre=Codes(pre_N, support))
 
 
-class Frozen(BaseModel):
-    """A section of the configuration: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), populate_by_name=True)
-
-
-class ConsistencyConfig(Frozen):
-    """C²R: how strongly, in one of two units, and how it is computed."""
-
-    strength: NotNegative | None = None
-    """Dimensionless ρ (published setting: 0.884). See `c2r.penalty.lambda_of_strength`."""
-    lam: NotNegative | None = Field(default=None, alias="lambda")
-    """The paper's λ; depends on batch size, width and the neighbour search: tuned with "chunked", it presses
-    harder under "exact" and "lagged", which miss no neighbour."""
-    alpha: NotNegative = 1.0
-    """Exponent of the summed norms; 0 leaves the activations out."""
-    margin: Annotated[float, Field(ge=0, lt=1)] | Literal["floor"] = 0.0
-    """The cosine is counted from here on; "floor" is what random directions of this shape have, √(2 ln F / D)."""
-    every: Positive = 1
-    """Applied in every n-th step, then multiplied by n."""
-    start: Annotated[int, Field(ge=0)] = 0
-    """First step that applies it."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps from `start` over which the strength rises linearly from 0."""
-    neighbors: Literal["lagged", "exact", "chunked"] = "lagged"
-    ablation: Literal["none", "unit_cosine", "shuffled_norms"] = "none"
-    """"unit_cosine" takes every pair's cosine as 1 (a group lasso); "shuffled_norms" gives each pair the norms of
-    another (a control: the same pressure on angles, at random)."""
-
-    @model_validator(mode="after")
-    def _one_unit(self) -> ConsistencyConfig:
-        if (self.strength is None) == (self.lam is None):
-            raise ValueError(
-                f"strength, lambda: exactly one of the two is needed, got strength={self.strength} lambda={self.lam}"
-            )
-        return self
+def encode_gated(run: Run[Any], x_BD: Tensor) -> Encoded:
+    """f = magnitude where the gate is open; C²R sees the gate's activations, which alone decide what fires."""
+    sae: Any = run.sae
+    if not run.sparse_pays:
+        pre_BF = run.product(x_BD)
+        return Encoded(sae.activate(pre_BF), gate=F.relu(pre_BF))
+    support = support_above(run.selecting_product(x_BD), -run.sae.b_enc)
+    pre_N, at = run.encode_at(x_BD, support), support.latents_N
+    magnitude_N = sae.r_mag[at].exp() * (pre_N - sae.b_enc[at]) + sae.b_mag[at]
+    open_N = F.relu(magnitude_N) * (pre_N > 0)
+    return Encoded(Codes(open_N, support), gate=Codes(F.relu(pre_N), support))
 
 
-class SAEConfig(Frozen):
-    """What every method has."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """Also the name of its folder."""
-    method: str
-    width: Annotated[int, Field(ge=2)]
-    """F, the number of latents."""
-    layer: Annotated[int, Field(ge=0)] | None = None
-    """Block whose activations it learns; null: `model.layer`."""
-    hook: Hook | None = None
-    """null: `model.hook`."""
-    seed: int | None = None
-    """Of the initialisation; null: the run's seed, so that the SAEs of a run are paired."""
-    init: Annotated[Path, BeforeValidator(at_home)] | None = None
-    """Folder of an SAE to start from (same widths, fitting method): fine-tuning with a fresh optimiser."""
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest norm of the gradient; null does not clip."""
-    dead_after_tokens: Positive = 10_000_000
-    """A latent that has not fired for so many tokens is dead."""
-    c2r: ConsistencyConfig | None = None
-    """None (null) trains without."""
-
-    @model_validator(mode="after")
-    def _name(self) -> SAEConfig:
-        if self.name.lower() in RESERVED:
-            raise ValueError(f"name: got {self.name!r}, which a run's folder has already; {RESERVED} cannot be used")
-        return self
+def encode_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
+    """The k largest positive of each token."""
+    support = top_k_of_each_token(run.product_by_token(x_BD), run.k)
+    return Encoded(Codes(F.relu(run.encode_at(x_BD, support)), support))
 
 
-class TopKConfig(SAEConfig):
-    """The k largest positive pre-activations of each token."""
-
-    method: Literal["top_k"] = "top_k"
-    k: Positive
-    """Active latents a token."""
-    k_anneal: Share = 0.01
-    """k falls linearly from the activations' width to its value over this fraction of the steps."""
-    aux_coefficient: NotNegative = 1 / 32
-    aux_k: Positive | None = None
-    """Dead latents a token that reconstruct the residual; null: half the activations' width."""
-    threshold_start: Annotated[int, Field(ge=0)] | None = None
-    """Step after which the threshold is tracked; null: 1000 (as published), half of a short run."""
-    threshold_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Of its moving average; null: 0.999 (as published), less in a short run, whose threshold it could not follow."""
-
-    @model_validator(mode="after")
-    def _check(self) -> TopKConfig:
-        if self.k > self.width:
-            raise ValueError(f"k: got {self.k}, more than the width {self.width}; accepted are 1 to {self.width}")
-        return self
+def encode_abs_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
+    """The k of each token that are largest in absolute value, with their sign."""
+    support = top_k_of_each_token(run.product_by_token(x_BD), run.k, signed=True)
+    return Encoded(Codes(run.encode_at(x_BD, support), support))
 
 
-class AbsTopKConfig(TopKConfig):
-    """The k pre-activations of each token that are largest in absolute value, with their sign."""
-
-    method: Literal["abs_top_k"] = "abs_top_k"
-
-
-class BatchTopKConfig(TopKConfig):
-    """The B·k largest positive pre-activations of each batch; inference by a learnt threshold."""
-
-    method: Literal["batch_top_k"] = "batch_top_k"
-
-
-class MatryoshkaConfig(TopKConfig):
-    """BatchTopK whose first latents must reconstruct alone."""
-
-    method: Literal["matryoshka_batch_top_k"] = "matryoshka_batch_top_k"
-    fractions: tuple[Annotated[float, Field(gt=0)], ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
-    """Shares of the width that the groups have, from the first latents on; they sum to 1."""
-    weights: tuple[NotNegative, ...] | None = None
-    """Weight of each prefix's reconstruction; null: equal, summing to 1."""
-
-    @model_validator(mode="after")
-    def _groups(self) -> MatryoshkaConfig:
-        if abs(sum(self.fractions) - 1) > 1e-6:
-            raise ValueError(f"fractions: got {self.fractions}, which sum to {sum(self.fractions):.4f}; they must to 1")
-        if self.weights is not None and len(self.weights) != len(self.fractions):
-            raise ValueError(f"weights: got {len(self.weights)} for {len(self.fractions)} fractions; give one for each")
-        if min(group_ends(self.fractions, self.width)) < 1 or len(set(group_ends(self.fractions, self.width))) < len(
-            self.fractions
-        ):
-            raise ValueError(f"fractions: got {self.fractions}; at width {self.width} a group would be empty")
-        return self
+def encode_batch_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
+    """The B·k largest positive of the batch."""
+    sae, selector, values_N = run.sae, run.selector, None
+    if run.coarse and (found := selector.select_coarsely(sae.centred(x_BD).detach(), sae.W_enc, sae.b_enc, run.k)):
+        support, values_N = found
+        run.int8_found = True
+    else:
+        run.int8_found = False
+        support = selector.select(run.selecting_product(x_BD), sae.b_enc, run.k)
+    return Encoded(Codes(F.relu(run.encode_at(x_BD, support, values_N)), support))
 
 
-class OrtConfig(TopKConfig):
-    """BatchTopK with OrtSAE's penalty on each latent's nearest cosine."""
-
-    method: Literal["ort"] = "ort"
-    orthogonality: NotNegative = 0.25
-    """γ of γ · mean relu(max cos)²."""
+def reconstruction(run: Run[Any], forward: Forward) -> Tensor:
+    """Mean over tokens of ‖x − x̂‖²."""
+    return terms.reconstruction(forward)
 
 
-class StandardConfig(SAEConfig):
-    """ReLU with an L1 penalty, decoder rows of unit norm."""
-
-    method: Literal["standard"] = "standard"
-    l1: NotNegative = 0.1
-    """Weight of mean ‖f‖₁, on activations of mean square norm 1."""
-    sparsity_warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Steps of linear warm-up of the sparsity term; null: 2000, a tenth of a short run."""
-    clip: Annotated[float, Field(gt=0)] | None = None
+def _prefixes(run: Run[Any], forward: Forward) -> Tensor:
+    groups = len(run.config.fractions)
+    return terms.reconstruction(forward, run.config.weights or (1 / groups,) * groups)
 
 
-class AprilUpdateConfig(StandardConfig):
-    """ReLU with an L1 penalty weighted by the decoder's norms, which are free."""
-
-    method: Literal["april_update"] = "april_update"
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
+def _aux_k(run: Run[Any], forward: Forward) -> Tensor:
+    k, signed = run.config.aux_k or max(1, run.sae.d_in // 2), run.recipe.architecture == "abs_topk"
+    return run.config.aux_coefficient * terms.aux_k(forward, k, signed=signed)
 
 
-class PAnnealConfig(StandardConfig):
-    """ReLU with an Lp penalty whose p falls from 1."""
-
-    method: Literal["p_anneal"] = "p_anneal"
-    p_end: Annotated[float, Field(gt=0, le=1)] = 0.2
-    anneal_from: Share = 0.1
-    """Fraction of the steps at which p starts to fall from 1, in ten stages; it reaches `p_end` at `anneal_to`."""
-    anneal_to: Share = 0.8
-
-    @model_validator(mode="after")
-    def _order(self) -> PAnnealConfig:
-        if self.anneal_from >= self.anneal_to:
-            raise ValueError(f"anneal_from: got {self.anneal_from}; accepted is less than anneal_to {self.anneal_to}")
-        return self
+def _orthogonality(run: Run[Any], forward: Forward) -> Tensor:
+    return run.config.orthogonality * terms.orthogonality(run.sae.W_dec, *run.neighbors())
 
 
-class GatedConfig(StandardConfig):
-    """A gate decides which latents fire, a magnitude how much; the L1 penalty is on the gate."""
-
-    method: Literal["gated"] = "gated"
+def _l1(run: Run[Any], forward: Forward) -> Tensor:
+    return run.config.l1 * run.sparsity_scale * terms.l1(forward.encoded.penalised)
 
 
-class JumpReLUConfig(SAEConfig):
-    """A learnt threshold a latent, its L0 drawn to a target through straight-through gradients."""
-
-    method: Literal["jump_relu"] = "jump_relu"
-    target_l0: Annotated[float, Field(gt=0)]
-    bandwidth: Annotated[float, Field(gt=0)] = 1e-3
-    """Width of the rectangle that stands in for the jump's derivative."""
-    threshold_init: Annotated[float, Field(ge=0)] = 1e-3
-    l0_gradient: Literal["paper", "published"] = "paper"
-    """What the L0 term's gradient counts as near the threshold: "paper" pre-activations (arXiv 2407.14435, eq. 11 and
-    12), "published" activations after the jump, as the published trainers' code does; `docs/methods.md` compares."""
-    sparsity_coefficient: NotNegative = 1.0
-    sparsity_warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Steps of linear warm-up of the sparsity term; null: 2000, a tenth of a short run."""
+def _l1_of_norms(run: Run[Any], forward: Forward) -> Tensor:
+    return run.config.l1 * run.sparsity_scale * terms.l1(forward.encoded.acts, run.sae.W_dec.norm(dim=1))
 
 
-METHODS: dict[str, type[SAEConfig]] = {
-    config.model_fields["method"].default: config
-    for config in (
-        StandardConfig, AprilUpdateConfig, PAnnealConfig, TopKConfig, BatchTopKConfig, MatryoshkaConfig, OrtConfig,
-        JumpReLUConfig, GatedConfig, AbsTopKConfig,
-    )
+def _lp(run: Run[Any], forward: Forward) -> Tensor:
+    p, rescaled = run.annealed_p(forward.encoded.acts)
+    return run.config.l1 * run.sparsity_scale * rescaled * terms.lp(forward.encoded.acts, p)
+
+
+def _target_l0(run: Run[Any], forward: Forward) -> Tensor:
+    threshold_F: Any = run.sae.threshold
+    encoded, bandwidth = forward.encoded, run.config.bandwidth
+    if run.config.l0_gradient == "paper":
+        assert encoded.pre is not None
+        l0 = soft_l0(encoded.pre, threshold_F, bandwidth)
+    else:
+        l0 = published_soft_l0(encoded.acts, threshold_F, bandwidth)
+    off_target = l0 / run.config.target_l0 - 1
+    return run.config.sparsity_coefficient * run.sparsity_scale * off_target.square()
+
+
+def _gate_reconstruction(run: Run[Any], forward: Forward) -> Tensor:
+    return terms.gate_reconstruction(forward)
+
+
+_TOP_K: dict[str, Term] = {"reconstruction": reconstruction, "aux_k": _aux_k}
+RECIPES: dict[str, Recipe] = {
+    "standard": Recipe(
+        encode_relu, {"reconstruction": reconstruction, "l1": _l1}, "standard", initial_norm=0.1, median_start=False
+    ),
+    "april_update": Recipe(
+        encode_relu, {"reconstruction": reconstruction, "l1": _l1_of_norms}, "standard",
+        unit_rows=False, initial_norm=0.1, median_start=False,
+    ),
+    "p_anneal": Recipe(
+        encode_relu, {"reconstruction": reconstruction, "lp": _lp}, "standard", initial_norm=0.1, median_start=False
+    ),
+    "top_k": Recipe(encode_top_k, _TOP_K, "topk"),
+    "abs_top_k": Recipe(encode_abs_top_k, _TOP_K, "abs_topk"),
+    "batch_top_k": Recipe(encode_batch_top_k, _TOP_K, "jumprelu"),
+    "matryoshka_batch_top_k": Recipe(encode_batch_top_k, {"reconstruction": _prefixes, "aux_k": _aux_k}, "jumprelu"),
+    "ort": Recipe(encode_batch_top_k, _TOP_K | {"orthogonality": _orthogonality}, "jumprelu"),
+    "jump_relu": Recipe(
+        encode_jump_relu, {"reconstruction": reconstruction, "l0": _target_l0}, "jumprelu", "jumprelu",
+        median_start=False, subtract_b_dec=False,
+    ),
+    "gated": Recipe(
+        encode_gated,
+        {"reconstruction": reconstruction, "l1": _l1, "gate_reconstruction": _gate_reconstruction},
+        "gated", "gated", median_start=False,
+    ),
 }  # fmt: skip
-
-
-def _of_its_method(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    method = value.get("method", "batch_top_k")
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}; accepted are {', '.join(METHODS)}")
-    return METHODS[method].model_validate(value)
-
-
-AnySAE = Annotated[SerializeAsAny[SAEConfig], BeforeValidator(_of_its_method)]
-"""One SAE of a run, of the class that `method` names; a section without `method` is a BatchTopK."""
-
-
-def group_ends(fractions: tuple[float, ...], width: int) -> tuple[int, ...]:
-    """Where Matryoshka's prefixes end: cumulated group sizes, the last group taking what rounding leaves."""
-    sizes = [int(fraction * width) for fraction in fractions[:-1]]
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return (*ends, width)

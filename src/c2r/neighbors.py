@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.codes import at_least_fp32, row_dots
-from c2r.tiles import nearest_in_tiles, nearest_of_slice
+from c2r.kernels.codes import at_least_fp32
+from c2r.kernels.nearest import nearest_in_tiles, nearest_of_slice
+from c2r.kernels.rows import row_dots
 
 Mode = Literal["exact", "chunked"]
 _STATE = ("index_F", "shortlist_MF", "cursor", "turn", "churn", "regret")

@@ -21,7 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.codes import Codes, at_least_fp32, gather_sum, norms, row_dots, row_starts
+from c2r.kernels.codes import Codes, at_least_fp32, norms
+from c2r.kernels.rows import gather_sum, row_dots, row_starts
 from c2r.neighbors import check_decoder, inverse_norms, nearest_neighbors
 
 

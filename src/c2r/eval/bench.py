@@ -22,16 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from c2r import __version__
-from c2r.config import DataConfig, ModelConfig
-from c2r.data.harvest import LanguageModel
-from c2r.data.tokens import Rows, Skipped, held_out_kept, packed_rows
-from c2r.eval.judge import JudgeConfig
+from c2r.config.run import ModelConfig
+from c2r.config.text import DataConfig
+from c2r.eval.autointerp.judge import JudgeConfig
 from c2r.eval.results import Metrics
 from c2r.identity import source_digest
+from c2r.language_model.model import LanguageModel
 from c2r.progress import progress_bar
-from c2r.sae.base import SAE
+from c2r.sae.model import SAE
 from c2r.storage import hidden
+from c2r.text.packing import Rows, Skipped, held_out_kept, packed_rows
+from c2r.version import __version__
 
 __all__ = [  # with what evaluations need of other modules
     "FAILURES",
@@ -141,7 +142,7 @@ class Bench:
     judge: JudgeConfig | None = None
     """Who is asked by evaluations that ask a language model over the network."""
     probe_data: str | None = None
-    """Labelled texts for sparse probing: see `c2r.data.labelled.labelled_texts`; None: the standard library's."""
+    """Labelled texts for sparse probing: see `c2r.eval.probing.labelled`; None: the standard library's."""
     counted: dict[str, Any] = field(default_factory=dict)
     """What `c2r.eval.counted.counted` found, by SAE."""
 

@@ -1,7 +1,7 @@
 """Core evaluation: fidelity, sparsity and health of SAEs on text, with sums in float64.
 
 Positions that are BOS, EOS or padding are left out throughout: they are not reconstructed, not ablated and not
-scored. Outliers, tokens whose norm is beyond what the SAE's training kept (`c2r.data.counting`), are neither
+scored. Outliers, tokens whose norm is beyond what the SAE's training kept (`c2r.activations.counting`), are neither
 reconstructed nor ablated for that SAE, and not in its figures of reconstruction and sparsity; the same figures over
 all tokens are given beside them. SAEs are evaluated in their inference form (batch-top-k with its learned threshold).
 
@@ -20,15 +20,15 @@ from rich.markup import escape
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.data.counting import Counting, counting_of
-from c2r.data.harvest import LanguageModel
-from c2r.data.passes import Pass, Passes
-from c2r.data.tokens import Rows
+from c2r.activations.counting import Counting, counting_of
 from c2r.eval.bench import FAILURES, Bench, Outcome, failure, progress_bar
 from c2r.eval.fidelity import Fidelity
 from c2r.eval.results import Histogram, Metrics, histogram
+from c2r.language_model.model import LanguageModel
+from c2r.language_model.passes import Pass, Passes
 from c2r.neighbors import nearest_neighbors
-from c2r.sae.base import SAE
+from c2r.sae.model import SAE
+from c2r.text.packing import Rows
 
 _CATEGORIES = {
     "reconstruction_quality": ("explained_variance", "explained_variance_legacy", "fvu", "mse", "cossim"),

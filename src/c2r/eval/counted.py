@@ -1,4 +1,4 @@
-"""The tokens of an evaluation's text that count for one SAE; the rule is `c2r.data.counting`'s.
+"""The tokens of an evaluation's text that count for one SAE; the rule is `c2r.activations.counting`'s.
 
 n tokens of the text · k tokens of it that count · D width of the activations.
 """
@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from c2r.data.counting import LeftOut, counting_of
+from c2r.activations.counting import LeftOut, counting_of
 from c2r.eval.bench import Bench, TextActivations
-from c2r.sae.base import SAE
+from c2r.sae.model import SAE
 
 
 class Counted(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.codes import Acts, Codes, Support, decode
-from c2r.sae.base import SAE
+from c2r.kernels.codes import Acts, Codes, Support, decode
+from c2r.sae.model import SAE
 
 _SUMS: tuple[str, ...] = (
     "square",

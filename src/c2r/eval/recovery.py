@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.data.features import known_features
-from c2r.data.synthetic import KnownFeatures, Sample
+from c2r.config.known_features import SyntheticConfig, of_preset
 from c2r.eval.bench import Outcome, Setting, each, progress_bar
 from c2r.eval.fidelity import Fidelity
 from c2r.eval.stability import matched_cosine
-from c2r.presets import SyntheticConfig, of_preset
-from c2r.sae.base import SAE
+from c2r.known_features.generator import KnownFeatures, Sample
+from c2r.known_features.presets import known_features
+from c2r.sae.model import SAE
 
 ABSORBED_SHARE = 0.4
 """Of the parent's activation that another latent must supply."""

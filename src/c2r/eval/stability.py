@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from c2r.eval.bench import Outcome, Setting
-from c2r.sae.base import SAE
+from c2r.sae.model import SAE
 
 LARGEST, SAMPLED = 8192, 2048
 """Of a dictionary with more latents than the first, so many random ones are matched with all of the other."""

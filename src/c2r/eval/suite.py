@@ -12,30 +12,32 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from c2r.config import DataConfig, ModelConfig
-from c2r.data.harvest import load_language_model, pick_device
-from c2r.data.identify import Identity, identity_of
-from c2r.data.labelled import check_labelled
-from c2r.data.tokens import check_source
-from c2r.eval.audit import run_audit
-from c2r.eval.autointerp import NEEDED, run_autointerp
+from c2r.activations.identify import Identity, identity_of
+from c2r.config.base import at_home
+from c2r.config.run import ModelConfig
+from c2r.config.text import DataConfig
+from c2r.eval.absorption.evaluation import AbsorptionEvaluation, run_absorption
+from c2r.eval.audit.evaluation import run_audit
+from c2r.eval.autointerp.evaluation import NEEDED, run_autointerp
+from c2r.eval.autointerp.judge import JudgeConfig, endpoint_of
 from c2r.eval.bench import FAILURES, Bench, Cache, Evaluation, ModelFree, Outcome, Setting, failure
 from c2r.eval.core import run_core
-from c2r.eval.first_letter_absorption import AbsorptionEvaluation, run_absorption
-from c2r.eval.judge import JudgeConfig, endpoint_of
-from c2r.eval.origin import data_of, model_of, text_of_all
-from c2r.eval.probing import run_probing
+from c2r.eval.probing.evaluation import run_probing
+from c2r.eval.probing.labelled import check_labelled
+from c2r.eval.provenance import data_of, model_of, text_of_all
 from c2r.eval.recovery import run_recovery
 from c2r.eval.results import unfinished, write_result
-from c2r.eval.sae_bench import PREFIX, foreign_suites
-from c2r.eval.splitting import run_splitting
+from c2r.eval.saebench.evaluation import PREFIX, foreign_suites
+from c2r.eval.saebench.handover import check_installed
+from c2r.eval.splitting.evaluation import run_splitting
 from c2r.eval.stability import run_stability
 from c2r.identity import ACTIVATIONS, differences, of_tensors, versions
-from c2r.interop.sae_bench import check_installed
 from c2r.interop.saelens import load_sae
-from c2r.methods import at_home
-from c2r.sae.base import SAE
+from c2r.language_model.model import load_language_model
+from c2r.machine import pick_device
+from c2r.sae.model import SAE
 from c2r.storage import check_writable
+from c2r.text.packing import check_source
 
 Summary = dict[str, float | None]
 Run = Callable[[dict[str, SAE]], Iterator[Outcome]]

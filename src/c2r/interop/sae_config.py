@@ -27,7 +27,7 @@ class _Open(BaseModel):
 
 
 class Metadata(_Open):
-    """What concerns the language model and its text. `c2r.eval.origin` has what is done about each key."""
+    """What concerns the language model and its text. `c2r.eval.provenance` has what is done about each key."""
 
     model_name: str | None = None
     hook_name: str | None = None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from c2r.interop.folders import CONFIG, WEIGHTS, check_folder, family_of_config, read_json, refuse_pickle
 from c2r.interop.sae_config import Described, checked, described
-from c2r.sae.base import SAE, Extra, count_not_finite, row_norms
+from c2r.sae.model import SAE, Extra, count_not_finite, row_norms
 
 SAELENS_VERSION = "6.54.12"
 """The version whose format this is. Without one in the metadata, SAELens discards the metadata."""

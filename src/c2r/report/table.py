@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from c2r.eval.intervals import paired_interval_95
+from c2r.intervals import paired_interval_95
 
 NONE = "–"
 Results = Mapping[str, Mapping[str, float | None]]

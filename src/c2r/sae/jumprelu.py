@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from c2r.codes import Acts, Codes
+from c2r.kernels.codes import Acts, Codes
 
 
 class _Jump(torch.autograd.Function):

@@ -1,0 +1,170 @@
+"""Activations as SAEs want them: filtered, of unit mean square norm, shuffled, in batches.
+
+B tokens in a batch · D width of the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from c2r.activations.look import Decode, none_known
+from c2r.activations.prefetch import Ahead
+from c2r.activations.reader import Measured, Reader
+from c2r.activations.windows import Prepared, Windows
+from c2r.config.hooks import HookPoint
+from c2r.config.run import StreamConfig
+
+_ROWS = 256
+
+
+class ActivationStream:
+    """Batches of activations from a reader, live or cached, in an order that can be rebuilt.
+
+    Two numbers a hook point are measured once, on the first tokens (which are not lost): the median norm, beyond whose
+    `max_norm_multiple`-fold a token is dropped (for all hook points), and `scale` = √(mean ‖x‖²), by which all are
+    divided. What stays is cut into windows of `buffer_tokens`, each permuted by a generator of its own. So the state
+    is where a window begins in the text and how much of it was served, and no activations.
+
+    The reader runs ahead in a thread, and another gathers the next batch. In memory are one window, what is read ahead
+    and two batches.
+
+    Arguments:
+        reader: parts in the order of the text.
+        config: filter, window and how far the reader may be ahead.
+        tokens: activations that will be served in all; the last window ends there. None: no end.
+        seed: of the shuffle.
+        device: where batches are delivered.
+        decode: the text of a token, for what is said of the activations.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        config: StreamConfig,
+        *,
+        tokens: int | None = None,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        decode: Decode = none_known,
+    ) -> None:
+        self.device = device
+        pinned = torch.device(device).type == "cuda"
+        self._windows_from = partial(Windows, reader, config, tokens, seed, pinned=pinned, decode=decode)
+        self._preparing: Ahead[Prepared] | None = None
+        self._ending: list[Ahead[Any]] = []
+        self._stand({"window": 0, "served": 0, "position": None, "skip": 0, "dropped": 0}, None)
+
+    @property
+    def scale(self) -> dict[HookPoint, float]:
+        """√(mean ‖x‖²) by which activations are divided.
+
+        Raises:
+            ValueError: the text holds no real token, or what the reader raises.
+        """
+        return self._windows.measure().scale
+
+    @property
+    def median_norm(self) -> dict[HookPoint, float]:
+        """Median norm of the first tokens, before scaling."""
+        return self._windows.measure().median_norm
+
+    @property
+    def look(self) -> Mapping[HookPoint, dict[str, Any]]:
+        """What the first tokens look like at each hook point; see `c2r.activations.look.Look`."""
+        return self._windows.measure().look
+
+    @property
+    def dropped(self) -> int:
+        """Tokens that were read and dropped as outliers."""
+        return self._windows.dropped
+
+    def batches(self, batch: int, tokens: int) -> Iterator[dict[HookPoint, Tensor]]:
+        """`tokens` activations in shuffled batches `[B, D]`; the last may be short. Stops early where the text ends.
+
+        One at a time: a call ends an earlier one that is not at its end, and goes on after its last batch.
+
+        Raises:
+            ValueError: what the reader raises, when all whole windows before it are served.
+            RuntimeError: the stream was closed, or another call began.
+        """
+        if self._preparing is not None:
+            self.close()
+        self._join()
+        ahead = Ahead(partial(self._windows.batches, batch, tokens), batch, "c2r batches", start=False)
+        try:
+            self._preparing = ahead  # before its thread runs: a signal between the two must find it
+            ahead.start()
+            while (prepared := ahead.take()) is not None:
+                x = {point: self._scaled(x_BD, point) for point, x_BD in prepared.rows.items()}
+                self._stands = prepared.state  # not before there is a batch to serve
+                yield x
+                del x  # so that the next one can take its memory
+            if self._preparing is not ahead:
+                raise RuntimeError("the stream was closed, or asked for batches by another; ask it again")
+            self._preparing = None
+        except BaseException:  # nobody wants more, and some may be prepared
+            if self._preparing is ahead:
+                self._stop()
+                self._stand(self._stands, self._windows.measured)
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON holds it; to be asked for between batches."""
+        state = dict(self._stands)
+        if self._windows.measured is not None:
+            for name, values in self._windows.measured._asdict().items():
+                state[name] = {point.name: value for point, value in values.items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state: the next batch is the one that would have followed it, bit for bit."""
+        self.close()
+        measured = None
+        if "scale" in state:
+            points = {HookPoint.of(name): name for name in state["scale"]}
+            measured = Measured(
+                {point: state["median_norm"][name] for point, name in points.items()},
+                {point: state["scale"][name] for point, name in points.items()},
+                {point: state["look"][name] for point, name in points.items() if name in state.get("look", {})},
+            )
+        self._stand(state, measured)
+
+    def close(self) -> None:
+        """End the threads; the next batch is the one after the last that was served, all the same."""
+        self._stop()
+        self._join()
+        self._stand(self._stands, self._windows.measured)
+
+    def _stop(self) -> None:
+        """Tell the threads to end, without waiting for it."""
+        if self._preparing is not None:
+            self._preparing.stop()
+            self._ending.append(self._preparing)
+        reading = self._windows.stop()
+        if reading is not None:
+            self._ending.append(reading)
+        self._preparing = None
+
+    def _join(self) -> None:
+        """Wait for threads that were told to end: no two of them may use the reader."""
+        while self._ending:
+            self._ending.pop().close()
+
+    def _stand(self, state: dict[str, Any], measured: Measured | None) -> None:
+        self._stands = {key: state[key] for key in ("window", "served", "position", "skip", "dropped")}
+        self._windows: Windows = self._windows_from(self._stands, measured)
+
+    def _scaled(self, x_BD: Tensor, point: HookPoint) -> Tensor:
+        """Scaled fp32 rows on the device; they cross to another one as they are, and are widened there."""
+        factor = 1 / self.scale[point]
+        if torch.device(self.device).type != "cpu":
+            return x_BD.to(self.device, non_blocking=x_BD.is_pinned()).float().mul_(factor)
+        wide_BD = x_BD if x_BD.dtype == torch.float32 else torch.empty(x_BD.shape, dtype=torch.float32)
+        for narrow, wide in zip(x_BD.split(_ROWS), wide_BD.split(_ROWS), strict=True):  # while it is in the cache
+            (wide if wide_BD is x_BD else wide.copy_(narrow)).mul_(factor)
+        return wide_BD

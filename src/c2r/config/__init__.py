@@ -1,0 +1,1 @@
+"""What a run's YAML may say: frozen, checked before any work. Nothing here imports torch."""

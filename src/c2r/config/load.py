@@ -1,0 +1,139 @@
+"""From a YAML file and `a.b=c` overrides to a checked configuration; every refusal names the field."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from c2r.config.base import Frozen, at_home
+from c2r.config.known_features import PRESETS
+from c2r.config.run import CacheConfig, ModelConfig, RunConfig, StreamConfig, TrackingConfig, TrainConfig, WandbConfig
+from c2r.config.saes import METHODS, ConsistencyConfig, SAEConfig
+from c2r.config.text import DataConfig, MixturePart
+from c2r.config.yaml_text import load_yaml
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a run's YAML and apply `a.b=c` overrides (`saes.0.k=16` reaches into lists).
+
+    Raises:
+        ValueError: no such file, not YAML, a key without a value or given twice, an override that fits nowhere, or
+            values that the configuration refuses; each names the field, what was given and what is accepted.
+    """
+    path = at_home(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the configuration {path}: {error}") from error
+    try:
+        raw = load_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a mapping of output, model, data, train, saes…, got {type(raw).__name__}")
+    set_values(raw, overrides)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
+    """Check a configuration given as plain dicts and lists.
+
+    Raises:
+        ValueError: what pydantic refuses, a line a fault.
+    """
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_fault(fault, raw) for fault in error.errors()]
+        raise ValueError(f"{where}: {len(lines)} fault(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _fault(fault: Any, raw: dict[str, Any]) -> str:
+    location = fault["loc"]
+    field = ".".join(map(str, location)) or "configuration"
+    if fault["type"] == "extra_forbidden":
+        accepted = _fields_at(location[:-1], raw)
+        near = difflib.get_close_matches(str(location[-1]), accepted, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{field}: unknown key; accepted are {', '.join(accepted)}{hint}"
+    message = fault["msg"].removeprefix("Value error, ")
+    hint = ""
+    if fault["type"] == "string_type" and isinstance(fault["input"], int | float):
+        hint = "; text that looks like a number, true or false stands in quotes"
+    shown = "" if fault["type"] in ("value_error", "missing") else f" (got {fault['input']!r}{hint})"
+    return f"{field}: {message}{shown}"
+
+
+def _fields_at(location: tuple[int | str, ...], raw: dict[str, Any]) -> list[str]:
+    sections: dict[Any, type[Frozen]] = {
+        "model": ModelConfig,
+        "data": DataConfig,
+        "parts": MixturePart,
+        "stream": StreamConfig,
+        "cache": CacheConfig,
+        "train": TrainConfig,
+        "tracking": TrackingConfig,
+        "wandb": WandbConfig,
+        "c2r": ConsistencyConfig,
+    }
+    if location[:1] == ("saes",):
+        method = raw["saes"][location[1]].get("method", "batch_top_k")
+        sections["saes"] = METHODS.get(method, SAEConfig)
+    if location[:1] == ("data",) and raw["data"].get("source") == "synthetic":
+        sections["data"] = PRESETS[raw["data"]["preset"]]
+    named = [part for part in location if part in sections]
+    fields = (sections[named[-1]] if named else RunConfig).model_fields
+    return [field.alias or name for name, field in fields.items()]
+
+
+def set_values(raw: Any, overrides: Iterable[str]) -> None:
+    """Carry out several `a.b=c`, each key once.
+
+    Raises:
+        ValueError: a key is given twice; see `set_value`.
+    """
+    given: dict[str, str] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in given:
+            raise ValueError(f"--set {key}: given twice, as {given[key]!r} and {value!r}; keep one")
+        given[key] = value
+        set_value(raw, override)
+
+
+def set_value(raw: Any, override: str) -> None:
+    """Carry out `a.b=c` on nested dicts and lists.
+
+    Raises:
+        ValueError: it is not of that form, or fits nowhere.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set: got {override!r}; expected a.b=c, for example train.lr=3e-4 or saes.0.k=16")
+    node, parts = raw, key.split(".")
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ValueError(f"--set {override}: {part!r} is not an index of a list of {len(node)}")
+            place: Any = int(part)
+        elif isinstance(node, dict):
+            place = part
+        else:
+            raise ValueError(f"--set {override}: {'.'.join(parts[:depth])} is {node!r}, which has no fields")
+        if last:
+            if not value.strip():
+                raise ValueError(f"--set {override}: nothing given; write null where nothing is meant")
+            try:
+                node[place] = load_yaml(value)
+            except ValueError as error:
+                said = str(error).removeprefix("it ")
+                raise ValueError(f"--set {override}: {value!r} {said}") from error
+        else:
+            node = node.setdefault(place, {}) if isinstance(node, dict) else node[place]
+            if node is None:
+                raise ValueError(f"--set {override}: {'.'.join(parts[: depth + 1])} is empty in the file; set it whole")

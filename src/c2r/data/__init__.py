@@ -1,1 +1,0 @@
-"""Text, token rows, language models, activations."""

@@ -1,0 +1,1 @@
+"""Absorption: latents that should fire and whose children fire instead."""

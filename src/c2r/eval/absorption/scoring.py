@@ -1,0 +1,68 @@
+"""Of one sample: how much of what a probe finds there is carried by latents other than the concept's own.
+
+D width of the activations · F latents · n samples.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from c2r.config.base import Frozen, Positive, Share
+
+SILENT = 1e-8
+"""An activation below this counts as none."""
+
+
+class AbsorptionSettings(Frozen):
+    """Thresholds and probes, SAEBench's by default but for `l1_batch`."""
+
+    max_k: Positive = 10
+    """Latents of the largest k-sparse probe."""
+    l1_batch: Positive | None = None
+    """Samples of a batch of the L1 probe that ranks the latents, 4096 in SAEBench; None: see `l1_probe`."""
+    f1_jump: Share = 0.03
+    """What one more latent must add to F1 to count as a split of the class."""
+    min_probe_f1: Share = 0.6
+    """A class counts where the ground-truth probe's F1 is above this."""
+    min_classes: Positive = 20
+    """With fewer such classes the result is not evaluable."""
+    absorber_cosine: Share = 0.1
+    """Least cosine of an absorbing latent with the probe, in the absorption fraction."""
+    absorbers: Positive = 3
+    """Absorbing latents that count in the absorption fraction."""
+    min_projection: Share = 0.4
+    """Least share of the probe's projection that absorbing latents must carry."""
+    full_cosine: Share = 0.025
+    """Least cosine of the one absorbing latent with the probe, in full absorption."""
+
+
+def score_samples(
+    x_nD: Tensor, z_nF: Tensor, unit_nD: Tensor, cosine_nF: Tensor, main_nF: Tensor, settings: AbsorptionSettings
+) -> tuple[Tensor, Tensor]:
+    """Absorption fraction (fp64 `[n]`) and full absorption (bool `[n]`) of samples.
+
+    With P the projection x·u on the probe's unit direction, p_i = z_i·cos(u, d_i), M the sum of p over the class's
+    own latents and A the sum of the three largest p of others with cosine ≥ 0.1: the fraction is 0 where M ≥ P or
+    A/P < 0.4, else 1 where M ≤ 0, else a/(a + M) with a = min(A, P − M). A sample is fully absorbed where none of
+    the own latents fires and the largest p alone is at least 0.4·P, of a latent with cosine ≥ 0.025.
+
+    Arguments:
+        unit_nD: direction of the probe of each sample's class.
+        cosine_nF: its cosine with every decoder row.
+        main_nF: bool, the class's own latents.
+    """
+    p_nF = z_nF * cosine_nF
+    projection_n = (x_nD * unit_nD).sum(1).double()
+    main_n = (p_nF * main_nF).sum(1).double()
+    absorbing_nF = ~main_nF & (cosine_nF >= settings.absorber_cosine) & (p_nF > 0)
+    largest = p_nF.where(absorbing_nF, 0).topk(min(settings.absorbers, p_nF.shape[1]), dim=1).values
+    others_n = largest.sum(1).double()
+    # A projection that is not positive counts as one that nothing carries.
+    scale_n = projection_n.where(projection_n > 0, torch.inf)
+    carried_n = torch.minimum(others_n, projection_n - main_n)
+    fraction_n = (carried_n / (carried_n + main_n)).where(main_n > 0, 1.0)
+    fraction_n = fraction_n.where((main_n < projection_n) & (others_n / scale_n >= settings.min_projection), 0.0)
+    top_n, at_n = p_nF.max(1)
+    full_n = (~main_nF | (z_nF < SILENT)).all(1) & (top_n.double() / scale_n >= settings.min_projection)
+    return fraction_n, full_n & (cosine_nF.gather(1, at_n[:, None])[:, 0] >= settings.full_cosine)

@@ -1,0 +1,1 @@
+"""The audit: what stands out in one SAE."""

@@ -1,0 +1,62 @@
+"""The audit of one SAE: findings in plain words, the pairs to read, and what was not looked at."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from rich.markup import escape
+
+from c2r.activations.counting import LeftOut
+from c2r.eval.audit.findings import findings, look
+from c2r.eval.bench import Bench, Outcome, each, progress_bar
+from c2r.eval.counted import counted
+from c2r.eval.results import histogram
+from c2r.eval.splitting.reading import pairs_to_read
+from c2r.sae.model import SAE
+
+NOT_LOOKED_AT = (
+    "What the language model makes of the reconstruction (CE recovered, KL): c2r eval --suite core.",
+    "Whether a feature hides in its more specific ones (absorption): c2r eval --suite absorption.",
+    "Whether latents stand for what people would name: c2r eval --suite probing, autointerp.",
+    "Whether another seed finds the same latents: c2r eval --suite stability, with SAEs that differ in seed alone.",
+    "Any text or place in the model but this one; the co-firing of pairs that are not nearest neighbours.",
+)
+
+
+def evaluate_audit(bench: Bench, name: str, sae: SAE) -> Outcome:
+    """The findings on the bench's text, the pairs to read, and what was not looked at."""
+    text = counted(bench, name, sae)
+    with progress_bar(bench.console) as bar:
+        seen = look(sae, text.x_kD, partial(bar.track, description=f"audit {escape(name)}"))
+    found = findings(seen)
+    return Outcome(
+        name,
+        "audit",
+        {"audit": {key: value for finding in found for key, value in finding.figures.items()}},
+        details=[finding._asdict() for finding in found],
+        unstructured={
+            "pairs": pairs_to_read(seen.cofiring, text.text, bench.lm.tokenizer, text.place_k),
+            "not_looked_at": [*_outliers(text.left_out), *_text_of_training(bench, sae), *NOT_LOOKED_AT],
+            "counting": text.left_out.figures,
+            "log10_density": histogram(seen.density_F.log10(), -6, 0),
+            **seen.cofiring.histograms(),
+        },
+    )
+
+
+run_audit = each("audit", evaluate_audit)
+
+
+def _outliers(left_out: LeftOut) -> list[str]:
+    return [f"Outliers: {left_out}."] if left_out.outliers else []
+
+
+def _text_of_training(bench: Bench, sae: SAE) -> list[str]:
+    """For an SAE that is not ours, read on Python source for want of better."""
+    if "c2r" in sae.config or bench.data.source != "stdlib":
+        return []
+    named = sae.config.get("metadata", {}).get("dataset_path")
+    return [
+        f"The text it was trained on ({named or 'its file does not say which'}): this is Python source, which may be "
+        "strange to it, and latents for other text look dead. Another text: --source hf --path ID, or --path FILE."
+    ]

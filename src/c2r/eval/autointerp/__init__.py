@@ -1,0 +1,1 @@
+"""Automatic interpretability: a judge explains latents and is scored."""

@@ -1,0 +1,213 @@
+"""Autointerp: a language model explains a latent from windows of text, and is scored on telling others apart by it.
+
+Detection as in Paulo et al. 2024 (arXiv 2410.13928), with the windows and the score of SAEBench 0.6.0: the judge reads
+the explanation and a shuffled list of windows, and names those in which the latent fires; the score of a latent is the
+share of windows that it is right about. Departures from SAEBench: windows of silence are verified to be silent, no
+window to be scored overlaps or repeats one that the explanation came from, the balanced accuracy stands beside the
+score (who names no window is right about 10 of 14), and an answer that cannot be read is counted as a failed latent
+instead of being left out in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.markup import escape
+
+from c2r.activations.counting import LeftOut
+from c2r.eval.autointerp.detection import Question, judge_latent, unanswered
+from c2r.eval.autointerp.endpoint import JudgeDown
+from c2r.eval.autointerp.judge import Judge, JudgeConfig
+from c2r.eval.autointerp.windows import Counts, Firings, Text, marked, pick, plain
+from c2r.eval.bench import Bench, Outcome, progress_bar
+from c2r.eval.counted import counted
+from c2r.sae.model import SAE
+
+COUNTS = Counts()
+NEEDED = "--judge-url, --judge-model: not given; autointerp asks a model behind an OpenAI-compatible endpoint"
+
+
+class Plan(NamedTuple):
+    """What the judge is asked about one SAE."""
+
+    questions: list[Question]
+    alive: int
+    passed_over: int
+    """Latents that were drawn, and for which the text has too few windows."""
+    left_out: LeftOut
+
+
+class Budget(NamedTuple):
+    """What is to be asked before the last answer is there."""
+
+    requests: int
+    """Tries after a failure come on top."""
+    kept: int
+    """Answers on disk."""
+    tokens_in: int
+    """A token taken for four characters."""
+    tokens_out: int
+
+    @classmethod
+    def of(cls, judge: Judge, plans: list[Plan]) -> Budget:
+        """Count what `judge` has not answered yet."""
+        questions = [question for plan in plans for question in plan.questions]
+        asked = [(question, messages) for question in questions for messages in unanswered(judge, question)]
+        characters = sum(len(message["content"]) for _, messages in asked for message in messages)
+        answers = sum(2 * len(question.windows) for question, _ in asked)  # an explanation is about as long
+        return cls(len(asked), 2 * len(questions) - len(asked), characters // 4, answers)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.requests:,} requests, about {self.tokens_in:,} tokens to it and {self.tokens_out:,} from it "
+            f"(thinking not counted); {self.kept:,} answers are kept from before"
+        )
+
+
+def make_plan(bench: Bench, name: str, sae: SAE, latents: int) -> Plan:
+    """Draw alive latents at random, and windows of the bench's text for each.
+
+    Windows are of the whole text; on a token that does not count (an outlier) no latent is taken to fire.
+
+    Raises:
+        ValueError: no latent has windows enough.
+    """
+    found = counted(bench, name, sae)
+    text, firings = Text(found.text, COUNTS.radius), Firings(sae, found.text.x_nD, count_n=found.count_n)
+    alive = firings.fired_F.nonzero().squeeze(1).numpy()
+    questions: list[Question] = []
+    passed_over, reason = 0, "none fires"
+    for latent in np.random.default_rng(bench.seed).permutation(alive).tolist():
+        if len(questions) == latents:
+            break
+        try:
+            questions.append(_question(bench, text, firings, latent))
+        except ValueError as error:
+            passed_over, reason = passed_over + 1, f"latent {latent} has {error}"
+    if not questions:
+        raise ValueError(f"--tokens: in {len(text.ids_n):,} tokens no latent has windows enough to be judged; {reason}")
+    return Plan(questions, len(alive), passed_over, found.left_out)
+
+
+def _question(bench: Bench, text: Text, firings: Firings, latent: int) -> Question:
+    tokens_K, strength_K = firings.of(latent)
+    examples = pick(text, tokens_K, strength_K, COUNTS, (bench.seed, latent))
+    active = set(tokens_K[strength_K >= COUNTS.floor * strength_K.max()].tolist())
+    scored = [(window, True) for window in examples.firing] + [(window, False) for window in examples.silent]
+    np.random.default_rng((bench.seed, latent, 1)).shuffle(scored)
+    tokenizer = bench.lm.tokenizer
+    return Question(
+        latent,
+        len(tokens_K),
+        [marked(tokenizer, text.ids_n[slice(*w)], (i in active for i in range(*w))) for w in examples.explain],
+        [plain(tokenizer, text.ids_n[slice(*window)]) for window, _ in scored],
+        [fires for _, fires in scored],
+    )
+
+
+def judge_plan(bench: Bench, judge: Judge, plan: Plan, name: str) -> list[dict[str, Any]]:
+    """Judge the latents of a plan, `judge.config.workers` of them at once; see `judge_latent` for what is found.
+
+    When this is interrupted, answers under way are waited for and kept.
+
+    Raises:
+        JudgeDown: see `Judge.ask`.
+    """
+    with ThreadPoolExecutor(judge.config.workers) as pool, progress_bar(bench.console) as bar:
+        futures = [pool.submit(judge_latent, judge, question) for question in plan.questions]
+        try:
+            for future in bar.track(as_completed(futures), len(futures), description=f"autointerp, {escape(name)}"):
+                future.result()
+        except BaseException:
+            bench.console.print("stopping; answers under way are waited for and kept")
+            judge.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+def summarise(name: str, config: JudgeConfig, plan: Plan, found: list[dict[str, Any]]) -> Outcome:
+    """Means over scored latents.
+
+    Raises:
+        ValueError: more latents failed than have a score.
+    """
+    scored = [latent for latent in found if "score" in latent]
+    reasons = [latent["failed"] for latent in found if "failed" in latent]
+    if len(reasons) > len(scored):
+        said = "; ".join(list(dict.fromkeys(reasons))[:3])
+        raise ValueError(f"the judge failed on {len(reasons)} of {len(found)} latents, so there is no score: {said}")
+    score, hits, silences = (
+        [latent[key] for latent in scored] for key in ("score", "true_positive_rate", "true_negative_rate")
+    )
+    balanced = (mean(hits) + mean(silences)) / 2
+    fires = plan.questions[0].fires
+    return Outcome(
+        name,
+        "autointerp",
+        {
+            "autointerp": {
+                "autointerp_score": mean(score),
+                "autointerp_std_dev": stdev(score) if len(score) > 1 else float("nan"),
+            },
+            "detection": {
+                "balanced_accuracy": balanced,
+                "true_positive_rate": mean(hits),
+                "true_negative_rate": mean(silences),
+                "score_of_naming_none": 1 - sum(fires) / len(fires),
+            },
+            "latents": {
+                "alive": plan.alive,
+                "passed_over": plan.passed_over,
+                "scored": len(scored),
+                "failed": len(reasons),
+            },
+        },
+        {"autointerp": mean(score), "autointerp_balanced": balanced},
+        config={
+            "judge": {"url": config.url, "model": config.model, "options": config.options},
+            "latents": config.latents,
+            "windows": COUNTS._asdict(),
+        },
+        details=found,
+        unstructured={"counting": plan.left_out.figures},
+    )
+
+
+def run_autointerp(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
+    """Explain and score a sample of each SAE's latents by the judge of `bench.judge`.
+
+    The budget for all SAEs is shown, and held against `max_requests`, before the first request.
+    """
+    plans: dict[str, Plan] = {}
+    try:
+        if bench.judge is None:
+            raise ValueError(NEEDED)
+        judge = Judge(bench.judge, bench.cache.folder / "judge")
+    except ValueError as error:
+        yield from (Outcome(name, "autointerp", error=str(error)) for name in saes)
+        return
+    for name, sae in saes.items():
+        try:
+            plans[name] = make_plan(bench, name, sae, bench.judge.latents)
+        except ValueError as error:
+            yield Outcome(name, "autointerp", error=str(error))
+    budget, limit = Budget.of(judge, list(plans.values())), bench.judge.max_requests
+    asked = f"autointerp: {bench.judge.model} at {bench.judge.url} reads windows of the text: {budget}"
+    bench.console.print(escape(asked), highlight=False)
+    if limit is not None and budget.requests > limit:
+        error = f"--max-requests: got {limit}, but {budget.requests} are needed; nothing was asked"
+        yield from (Outcome(name, "autointerp", error=error) for name in plans)
+        return
+    for name, plan in plans.items():
+        try:
+            outcome = summarise(name, bench.judge, plan, judge_plan(bench, judge, plan, name))
+        except JudgeDown as error:
+            outcome = Outcome(name, "autointerp", error=f"{error}; a rerun goes on from the answers that are kept")
+        except ValueError as error:
+            outcome = Outcome(name, "autointerp", error=str(error))
+        yield outcome

@@ -1,0 +1,1 @@
+"""Sparse probing on labelled texts."""

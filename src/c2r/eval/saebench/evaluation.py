@@ -1,0 +1,186 @@
+"""Evaluations that the installed `sae-bench` makes: it is handed the SAE, and its result is filed beside ours.
+
+Written against sae-bench 0.6.0. It loads the language model (by TransformerLens or transformers) and its data sets from
+the Hugging Face Hub itself, under the names that it knows; c2r loads none for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+
+from c2r.config.run import ModelConfig
+from c2r.eval.absorption.evaluation import domain
+from c2r.eval.bench import ModelFree, Outcome, Setting, each
+from c2r.eval.provenance import model_of
+from c2r.eval.saebench.handover import HandedSAE, check_installed, mended_ravel, shapes_unchecked
+from c2r.sae.model import SAE
+
+PREFIX = "saebench:"
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """One of SAEBench's evaluations."""
+
+    module: str
+    """Under `sae_bench.evals`; it has `run_eval`."""
+    config: str
+    """Name of its configuration's class there."""
+    shown: tuple[str, str]
+    """Category and name of the figure for the table."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the configuration."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Of `run_eval`."""
+    warning: str | None = None
+
+
+ALL_COUNT = "sae-bench's own code reads its own text, and counts the tokens that training left out as outliers too"
+_UNSAVED = {"clean_up_activations": True, "save_activations": False}  # saved, they take tens of gigabytes
+_UNRELIABLE = "was found unreliable as a measure of an SAE's quality (arXiv 2605.18229): rest no ranking on it"
+FOREIGN = {
+    "ravel": Foreign("ravel", "RAVELEvalConfig", ("ravel", "disentanglement_score")),
+    "tpp": Foreign(
+        "scr_and_tpp",
+        "ScrAndTppEvalConfig",
+        ("tpp_metrics", "tpp_threshold_20_total_metric"),
+        {"perform_scr": False},
+        _UNSAVED,
+        f"TPP (targeted probe perturbation) {_UNRELIABLE}",
+    ),
+    "scr": Foreign(
+        "scr_and_tpp",
+        "ScrAndTppEvalConfig",
+        ("scr_metrics", "scr_metric_threshold_20"),
+        {"perform_scr": True},
+        _UNSAVED,
+        f"SCR (spurious correlation removal) {_UNRELIABLE}",
+    ),
+    "absorption": Foreign("absorption", "AbsorptionEvalConfig", ("mean", "mean_absorption_fraction_score")),
+    "sparse_probing": Foreign(
+        "sparse_probing", "SparseProbingEvalConfig", ("sae", "sae_top_1_test_accuracy"), arguments=_UNSAVED
+    ),
+    "meta_structure": Foreign(
+        "meta_structure", "MetaStructureEvalConfig", ("meta_structure", "decoder_fraction_variance_explained")
+    ),
+}
+"""Name behind `saebench:` → evaluation. Those that c2r has too are here for comparison."""
+
+
+def _evaluate(which: str, setting: Setting, name: str, sae: SAE) -> Outcome:
+    """Run SAEBench's evaluation `which` on one SAE.
+
+    Raises:
+        ValueError: sae-bench is missing, does not know the model or hook point, or fails.
+    """
+    foreign, version = FOREIGN[which], check_installed()
+    if foreign.warning is not None:
+        setting.console.print(f"[yellow]{escape(foreign.warning)}[/]")
+    grad = torch.is_grad_enabled()
+    try:
+        result = _run(which, setting, name, sae)
+    except ValueError:
+        raise
+    except Exception as error:  # another's code: whatever it raises is its failure with this SAE, and no other's
+        raise ValueError(f"sae-bench {version}: {type(error).__name__}: {error}") from error
+    finally:
+        torch.set_grad_enabled(grad)  # which sae-bench sets as it likes
+    category, figure = foreign.shown
+    return Outcome(
+        name,
+        result["eval_type_id"],
+        result["eval_result_metrics"],
+        {f"saebench_{which}": result["eval_result_metrics"][category][figure]},
+        # c2r's model and text are not what was evaluated on.
+        config={"model": None, "data": None, "held_out": None, "tokens": None, **result["eval_config"]},
+        details=result.get("eval_result_details") or [],
+        unstructured={
+            **(result.get("eval_result_unstructured") or {}),
+            "sae_bench_version": version,
+            "warning": foreign.warning,
+            "counting": ALL_COUNT,
+            "domain": domain(None, sae.width) if which == "absorption" else None,
+        },
+        file=f"saebench_{which}",
+    )
+
+
+def _run(which: str, setting: Setting, name: str, sae: SAE) -> dict[str, Any]:
+    """Hand the SAE over, and read the one result file that comes back."""
+    foreign, model = FOREIGN[which], model_of(sae.config, setting.model)
+    module = importlib.import_module(f"sae_bench.evals.{foreign.module}.main")
+    batches = importlib.import_module("sae_bench.sae_bench_utils.activation_collection").LLM_NAME_TO_BATCH_SIZE
+    model_name = _model_name(which, getattr(module, "LLM_NAME_MAP", {}), batches, model)
+    batch = batches.get(model_name, 32)
+    settings = {
+        "model_name": model_name,
+        "random_seed": setting.seed,
+        "llm_batch_size": max(1, batch // 4) if which == "ravel" else batch,  # as sae-bench's own command line
+        "llm_dtype": model.dtype,
+        **foreign.settings,
+    }
+    config_class = getattr(module, foreign.config)
+    known = {each_field.name for each_field in fields(config_class)}
+    config = config_class(**{key: value for key, value in settings.items() if key in known})
+    handed = HandedSAE(sae, model, model_name)
+    mending = mended_ravel() if which == "ravel" else contextlib.nullcontext()
+    with _scratch(setting.cache.folder / "sae_bench") as out, mending, shapes_unchecked(), torch.enable_grad():
+        module.run_eval(config, [(name, handed)], str(setting.device), str(out), force_rerun=True, **foreign.arguments)
+        written = sorted(out.rglob("*_eval_results.json"))
+        if len(written) != 1:
+            raise ValueError("sae-bench wrote no result; what it printed says why")
+        return json.loads(written[0].read_text(encoding="utf-8"))
+
+
+def _model_name(which: str, ravel: dict[str, str], batches: dict[str, int], model: ModelConfig) -> str:
+    """The model under SAEBench's name; `ravel` and `batches` are its tables of models.
+
+    Raises:
+        ValueError: it has none, or SAEBench would read another model or hook point.
+    """
+    short = model.name.split("/")[-1]
+    if which != "meta_structure":  # which reads the SAE alone
+        if model.name == "embedded" or Path(model.name).exists():
+            raise ValueError(f"--model: got {model.name!r}; sae-bench accepts names that TransformerLens knows")
+        if model.revision is not None:
+            raise ValueError(f"model.revision: got {model.revision!r}; sae-bench loads the main one alone")
+        if model.center_writing_weights:
+            raise ValueError(
+                "model.center_writing_weights: got true; sae-bench loads models whose weights are as they are"
+            )
+    if which == "ravel":
+        if short not in ravel:
+            raise ValueError(f"--model: got {model.name!r}; sae-bench's RAVEL accepts {', '.join(ravel.values())}")
+        if model.hook != "resid_post":
+            raise ValueError(f"model.hook: got {model.hook!r}; sae-bench's RAVEL accepts 'resid_post'")
+    return short if short in batches else model.name
+
+
+@contextlib.contextmanager
+def _scratch(home: Path) -> Iterator[Path]:
+    """A fresh folder for results, `home` being the working directory meanwhile, so that `artifacts/` lands there."""
+    before, home = Path.cwd(), home.resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as out:
+        os.chdir(home)
+        try:
+            yield Path(out)
+        finally:
+            os.chdir(before)
+
+
+def foreign_suites() -> dict[str, ModelFree]:
+    """Rows for `MODEL_FREE`."""
+    return {f"{PREFIX}{which}": each(f"{PREFIX}{which}", functools.partial(_evaluate, which)) for which in FOREIGN}

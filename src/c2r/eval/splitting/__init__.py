@@ -1,0 +1,1 @@
+"""Splitting: one concept over several latents."""

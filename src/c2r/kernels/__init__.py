@@ -1,0 +1,1 @@
+"""Sparse products and searches on tensors: PyTorch alone, nothing of SAEs."""

@@ -1,0 +1,1 @@
+"""A Hugging Face causal language model, read at hook points."""

@@ -1,0 +1,202 @@
+"""The configured sources as readers of documents, in an order fixed by the seed and from any position on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from c2r.config.text import DataConfig, TextSource
+from c2r.identity import of_files
+from c2r.text.document import Document, Read, Reader
+from c2r.text.files import FileReader
+from c2r.text.held_out import HeldOut
+from c2r.text.hub import DataSetReader
+from c2r.text.pieces import Cuts
+from c2r.text.spelling import spelling_lists
+from c2r.text.stdlib import stdlib_part, stdlib_sources
+
+Shard = tuple[int, int]
+"""Index and count: document n of a pass belongs to the shard n mod count."""
+STREAM_WINDOW = 1000
+
+
+class StdlibReader:
+    """The standard library's files; `held_out` picks those that nothing was trained on, or all others."""
+
+    def __init__(self, held_out: bool) -> None:
+        self.held_out = held_out
+
+    @property
+    def identity(self) -> str:
+        """The contents of the files, which follow the version of Python."""
+        return f"stdlib, {'held-out' if self.held_out else 'training'} part: {of_files(stdlib_part(self.held_out))}"
+
+    def read(self, seed: int, start: Any = None) -> Read:
+        """See `Reader`; a position is the number of files read."""
+        for number, (name, text) in enumerate(stdlib_sources(seed, self.held_out, start or 0), start or 0):
+            if text.strip():
+                yield Document("text", text, None, name), partial(int, number + 1)
+
+
+class Windows:
+    """Another reader's documents, shuffled by the seed within windows of `size`.
+
+    A position is the reader's at the window's start, the window's number, how many documents of it were served, and
+    within a document its pieces that were, so that resuming reads one window again and no more.
+    """
+
+    def __init__(self, reader: Reader, size: int) -> None:
+        self.reader, self.size = reader, size
+
+    @property
+    def identity(self) -> str:
+        """The reader's, and the size of windows."""
+        return f"{self.reader.identity}, windows of {self.size}"
+
+    def read(self, seed: int, start: Any = None) -> Read:
+        """See `Reader`."""
+        at, number, served, done = _window_position(start)
+        source = self.reader.read(seed, at)
+        while True:
+            window: list[list[Document]] = []
+            after = None
+            for document, position in source:
+                if document.before:
+                    window[-1].append(document)
+                else:
+                    window.append([document])
+                if len(window) == self.size and not document.more:
+                    after = position()
+                    break
+            if not window:
+                return
+            random.Random(f"{seed} {number}").shuffle(window)
+            for place, pieces in enumerate(window[served:], served):
+                for piece, document in enumerate(pieces[done:], done + 1):
+                    yield (
+                        document,
+                        partial(list, (at, number, place, piece) if document.more else (at, number, place + 1)),
+                    )
+                done = 0
+            at, number, served = after, number + 1, 0
+
+
+def _window_position(start: Any) -> tuple[Any, int, int, int]:
+    """Position of the window, its number, documents of it that were served, and pieces of the next one."""
+    at, number, served, *pieces = start or (None, 0, 0)
+    return at, number, served, pieces[0] if pieces else 0
+
+
+class SpellingLists:
+    """Spelling lists without end; see `spelling_lists` for their positions."""
+
+    identity = "spelling lists"
+
+    def __init__(self, words: list[str]) -> None:
+        self.words = words
+
+    def read(self, seed: int, start: Any = None) -> Read:
+        """See `Reader`."""
+        for text, position in spelling_lists(self.words, seed, start):
+            yield Document("text", text), partial(list, position)
+
+
+def open_reader(
+    section: str,
+    source: TextSource,
+    held_out: bool = False,
+    cuts: Cuts | None = None,
+    kept: bool | None = None,
+) -> Reader:
+    """The reader of one source (no mixture).
+
+    Arguments:
+        section: where the source stands in the configuration.
+        source: the source.
+        held_out: text to evaluate on, which training leaves out. Of `stdlib`, files that the embedded model is not
+            trained on either; of other sources, the share `held_out`. `held_out_kept` says whether there is any.
+        cuts: where long text may be cut into pieces; None: nowhere.
+        kept: whether the source keeps a part from training, if that is known; None looks.
+
+    Raises:
+        ValueError: missing files.
+    """
+    if source.source == "stdlib":
+        return StdlibReader(held_out)
+    reader = _split(section, source, held_out, cuts)
+    if kept is not None:
+        reader.kept = kept
+    window = source.shuffle_documents or (STREAM_WINDOW if source.source == "hf" and source.streaming else 1)
+    return reader if window == 1 else Windows(reader, window)
+
+
+def _split(section: str, source: TextSource, held_out: bool, cuts: Cuts | None = None) -> HeldOut:
+    """The reader of files or a data set, in two parts."""
+    if source.source == "hf":
+        return HeldOut(DataSetReader(section, source), source.held_out, held_out)
+    files = FileReader(section, source, cuts)
+    return HeldOut(files, source.held_out, held_out, files.openings)
+
+
+def keeps_part(reader: Reader) -> bool:
+    """Whether a reader's source keeps a part from training.
+
+    Raises:
+        ValueError: the source cannot be read.
+    """
+    reader = reader.reader if isinstance(reader, Windows) else reader
+    return reader.kept if isinstance(reader, HeldOut) else True
+
+
+def held_out_kept(config: DataConfig) -> bool:
+    """Whether all sources keep a part from training, which `packed_rows(..., held_out=True)` then reads.
+
+    Raises:
+        ValueError: a source cannot be read.
+    """
+    return all(keeps_part(open_reader(section, source)) for section, source in config.sections.items())
+
+
+def read_shard(reader: Reader, seed: int, shard: Shard = (0, 1), start: Any = None) -> Iterator[tuple[Document, Any]]:
+    """The documents of a pass that belong to a shard, each with the position after it.
+
+    A position is the number of documents read, those of other shards counted, and the reader's own position.
+    """
+    index, count = shard
+    number, at = start or (0, None)
+    for document, position in reader.read(seed, at):
+        mine = number % count == index
+        number += 0 if document.more else 1
+        if mine:
+            yield document, [number, position()]
+
+
+def check_source(config: DataConfig) -> None:
+    """Find what is wrong with the source before a model is loaded.
+
+    Raises:
+        ValueError: missing files, a source whose every document is empty, or whose every record is bad.
+    """
+    for section, source in config.sections.items():
+        if source.source == "stdlib":
+            found = (document for document, _ in StdlibReader(False).read(0))
+        elif source.source == "hf":
+            found = (document for document, _ in DataSetReader(section, source).read(0))
+        else:
+            found = FileReader(section, source).openings()
+        bad = None
+        for document in found:
+            if document.form != "bad":
+                break
+            bad = bad or document.content
+        else:
+            raise ValueError(
+                no_text(section, source) + (f"; all records were skipped, the first: {bad}" if bad else "")
+            )
+
+
+def no_text(section: str, source: TextSource) -> str:
+    """The message for a source without text."""
+    return f"{section}.{'path' if source.path else 'source'}: {source.path or source.source} holds no text"

@@ -1,1 +1,0 @@
-"""Training: one SAE, a run of several, logs."""

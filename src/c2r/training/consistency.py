@@ -1,0 +1,72 @@
+"""C²R as training applies it: when, how strongly, and the ablations.
+
+D width of the activations · F latents.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from c2r.config.saes import SAEConfig
+from c2r.kernels.codes import Acts, norms
+from c2r.neighbors import Neighbors, random_floor
+from c2r.penalty import lambda_of_strength, pair_weights, penalty_from_norms
+from c2r.training.optim import ramp
+
+
+def margin_of(config: SAEConfig, d_in: int) -> float:
+    """The cosine from which C²R acts on an SAE of activations of width `d_in`.
+
+    Raises:
+        ValueError: `margin: floor` is 1 at this shape, which no cosine exceeds.
+    """
+    if config.c2r is None or config.c2r.margin != "floor":
+        return 0.0 if config.c2r is None else float(config.c2r.margin)
+    floor = random_floor(config.width, d_in)
+    if floor >= 1:
+        raise ValueError(
+            f"saes.{config.name}.c2r.margin: got 'floor', which is √(2 ln F / D) = "
+            f"{math.sqrt(2 * math.log(config.width) / d_in):.2f} at F = {config.width} latents and D = {d_in}; no "
+            "cosine exceeds 1, so C²R would never act. Accepted here are numbers from 0, the paper's, to below 1"
+        )
+    return floor
+
+
+class Consistency:
+    """The term λ·C²R of one SAE.
+
+    Raises:
+        ValueError: see `margin_of`.
+    """
+
+    def __init__(self, config: SAEConfig, d_in: int, *, seed: int) -> None:
+        assert config.c2r is not None
+        self.config = config.c2r
+        self.margin = margin_of(config, d_in)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def applies(self, step: int) -> bool:
+        """Whether this step has the term: every `every`-th from `start` on."""
+        since = step - self.config.start
+        return since >= 0 and since % self.config.every == 0
+
+    def lam(self, batch: int, width: int, step: int) -> float:
+        """λ of this step in the paper's units, multiplied by `every` to make up for the steps between."""
+        c = self.config
+        lam = c.lam
+        if lam is None:
+            lam = lambda_of_strength(c.strength or 0.0, batch=batch, width=width, alpha=c.alpha)
+        return lam * c.every * ramp(step - c.start, c.warmup_steps)
+
+    def term(self, acts: Acts, W_dec_FD: Tensor, near: Neighbors, batch: int, step: int) -> Tensor:
+        """λ·C²R of these activations."""
+        norms_F = norms(acts)
+        lam = self.lam(batch, len(norms_F), step)
+        if self.config.ablation == "unit_cosine":
+            return lam * pair_weights(norms_F, near.index, self.config.alpha).mean()
+        if self.config.ablation == "shuffled_norms":
+            norms_F = norms_F[torch.randperm(len(norms_F), generator=self.generator).to(norms_F.device)]
+        return lam * penalty_from_norms(norms_F, W_dec_FD, *near, alpha=self.config.alpha, margin=self.margin)

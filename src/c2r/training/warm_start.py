@@ -1,0 +1,114 @@
+"""Starting from an SAE that exists: any folder whose architecture the method can take up. F latents."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from c2r.config.run import RunConfig
+from c2r.config.saes import SAEConfig
+from c2r.interop.saelens import load_sae
+from c2r.methods import RECIPES
+from c2r.sae.model import SAE, Extra, row_norms
+from c2r.training.run import rescaled
+
+_SPREAD = 1.01
+"""Largest ratio of decoder norms at which a choice by pre-activations counts as one at unit norm."""
+
+
+def check_start(config: SAEConfig, run: RunConfig | None = None, console: Console | None = None) -> SAE | None:
+    """The SAE that `config.init` names, or None where it names none.
+
+    Arguments:
+        run: the run it is for; where the SAE comes from elsewhere in the model, that is said on the console.
+        console: where to say what is changed before training; None: nowhere.
+
+    Raises:
+        ValueError: no SAE folder, another width, or an architecture that the method cannot start from.
+    """
+    if config.init is None:
+        return None
+    where, recipe = f"saes.{config.name}.init", RECIPES[config.method]
+    try:
+        sae = load_sae(config.init)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if sae.width != config.width:
+        raise ValueError(f"{where}: {config.init} has {sae.width} latents; width is {config.width}")
+    gated = recipe.trained_as == "gated"
+    if gated != (sae.architecture == "gated"):
+        raise ValueError(
+            f"{where}: {config.init} is {sae.architecture!r}, which method {config.method!r} cannot start from; "
+            "gated starts from gated alone, and the others from any other"
+        )
+    norm_F = row_norms(sae.W_dec)
+    short, long = (f(norm_F[norm_F > 0]).item() if bool((norm_F > 0).any()) else 1.0 for f in (torch.min, torch.max))
+    if sae.architecture == recipe.architecture and sae.k is not None and long > _SPREAD * short:
+        raise ValueError(
+            f"{where}: {config.init} chooses its k latents by pre-activations, with decoder rows of norm {short:.3g} "
+            f"to {long:.3g}. Method {config.method!r} holds the rows at norm 1, where the choice would be another; "
+            "accepted are SAEs whose rows have one norm"
+        )
+    if console is not None:
+        for line in [*_changes(sae, config), *([] if run is None else _elsewhere(sae, config, run))]:
+            console.print(f"[yellow]{escape(f'{where}: {line}')}[/]", soft_wrap=True, highlight=False)
+    return sae
+
+
+def _changes(sae: SAE, config: SAEConfig) -> list[str]:
+    """What training changes in an SAE before its first step, in sentences."""
+    if not RECIPES[config.method].unit_rows:
+        return []
+    norm_F = row_norms(sae.W_dec)
+    empty = (norm_F < 1e-30).nonzero().flatten().tolist()
+    found = []
+    if bool(((norm_F - 1).abs()[norm_F >= 1e-30] > 0.01).any()):
+        found.append("decoder rows are brought to unit norm, the norms folded into the encoder; it computes the same")
+    if empty:
+        some = ", ".join(map(str, empty[:5])) + (", …" if len(empty) > 5 else "")
+        found.append(f"{len(empty)} latents have a decoder row of zeros and get a random direction ({some})")
+    return found
+
+
+def _elsewhere(sae: SAE, config: SAEConfig, run: RunConfig) -> list[str]:
+    """Where the file says that the SAE read something else than this run trains on."""
+    ours = (sae.config.get("c2r") or {}).get("model") or {}
+    metadata = sae.config.get("metadata") or {}
+    kwargs = metadata.get("model_from_pretrained_kwargs") or {}
+    said = {
+        "model": ours.get("name") or metadata.get("model_name"),
+        "hook point": metadata.get("hook_name"),
+        "center_writing_weights": kwargs.get("center_writing_weights") or ours.get("center_writing_weights"),
+    }
+    now = {
+        "model": run.model.name,
+        "hook point": run.point(config).name,
+        "center_writing_weights": run.model.center_writing_weights,
+    }
+    return [
+        f"it was trained with {key} {had}, and is trained further with {now[key]}"
+        for key, had in said.items()
+        if had is not None and had != now[key]
+    ]
+
+
+@torch.no_grad()
+def starting_weights(sae: SAE, config: SAEConfig, scale: float) -> SAE:
+    """Weights for training on activations `scale` times those that `sae` reads, in the form that the method trains.
+
+    A decoder bias that the one subtracts and the other does not is moved into the encoder's. A threshold or k is
+    dropped where the method learns its own.
+    """
+    recipe = RECIPES[config.method]
+    b_enc_F = sae.b_enc + sae.W_enc @ sae.b_dec * (int(recipe.subtract_b_dec) - int(sae.subtract_b_dec))
+    extra = Extra()
+    if recipe.trained_as == "jumprelu":
+        extra = Extra(threshold=torch.zeros_like(b_enc_F) if sae.threshold is None else sae.threshold)
+    elif recipe.trained_as == "gated":
+        extra = Extra(r_mag=sae.r_mag, b_mag=sae.b_mag)
+    plain = SAE(
+        sae.W_enc, b_enc_F, sae.W_dec, sae.b_dec, architecture=recipe.trained_as, extra=extra,
+        subtract_b_dec=recipe.subtract_b_dec,
+    )  # fmt: skip
+    return rescaled(plain, scale, recipe.trained_as, extra)
