@@ -19,7 +19,7 @@ import torch
 
 from c2r.config.known_features import preset
 from c2r.config.run import TrainConfig
-from c2r.config.saes import METHODS
+from c2r.config.saes import SECTIONS
 from c2r.eval.recovery import Recovery
 from c2r.known_features.generator import KnownFeatures
 from c2r.known_features.presets import known_features
@@ -49,7 +49,7 @@ def train_and_measure(
     features: KnownFeatures, sae: dict[str, Any], c2r: dict[str, Any] | None, seed: int, steps: int, lr: float
 ) -> dict[str, float]:
     """One SAE, trained and evaluated."""
-    config = METHODS[sae["method"]].model_validate(
+    config = SECTIONS[sae["method"]].model_validate(
         {"name": "x", "dead_after_tokens": 100 * BATCH, "c2r": c2r, "seed": seed, **sae}
     )
     run = Run(config, TrainConfig(tokens=steps * BATCH, batch=BATCH, lr=lr, precision="float32"), features.d_in)

@@ -23,7 +23,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sparsify import SparseCoder, SparseCoderConfig
 
 from c2r.config.run import TrainConfig
-from c2r.config.saes import METHODS, ConsistencyConfig
+from c2r.config.saes import SECTIONS, ConsistencyConfig
 from c2r.memory import keep_freed_memory
 from c2r.training.run import Run
 from step import activations, timed
@@ -63,7 +63,7 @@ def of_sae_lens(kind: type, config: type, args: argparse.Namespace) -> Step:
 
 
 def ours(method: str, args: argparse.Namespace) -> Step:
-    config = METHODS[method](name="x", width=args.width, k=args.k, k_anneal=0, c2r=ConsistencyConfig(strength=0.9))
+    config = SECTIONS[method](name="x", width=args.width, k=args.k, k_anneal=0, c2r=ConsistencyConfig(strength=0.9))
     return Run(config, TrainConfig(tokens=10**9, batch=args.batch, lr=1e-3), args.d_in).step
 
 

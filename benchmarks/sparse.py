@@ -15,7 +15,7 @@ import statistics
 import torch
 
 from c2r.config.run import TrainConfig
-from c2r.config.saes import METHODS
+from c2r.config.saes import SECTIONS
 from c2r.memory import keep_freed_memory
 from c2r.training.run import Run
 from step import activations, timed
@@ -35,22 +35,22 @@ def main() -> None:
     for method in args.methods:
         for share in (0.002, 0.005, 0.01, 0.02, 0.04, 0.08):
             more = {"target_l0": 32} if method == "jump_relu" else {}
-            config = METHODS[method](name="x", width=args.width, **more)
+            config = SECTIONS[method](name="x", width=args.width, **more)
             run = Run(config, TrainConfig(tokens=10**9, batch=args.batch), args.d_in)
             with torch.no_grad():  # biases so that about this share fires; a learning rate of 0 keeps them
-                product = run.selecting_product(x[:256]).flatten().float()
+                product = run.encoder.scores(x[:256]).flatten().float()
                 run.sae.b_enc -= product[torch.randperm(len(product))[:100_000]].quantile(1 - share)
             run.train = run.train.model_copy(update={"lr": 0.0})
             times: dict[bool, list[float]] = {True: [], False: []}
             for number in range(args.rounds + 1):
                 for sparse in times:
-                    run.share = 0.0 if sparse else 1.0
+                    run.activity.share = 0.0 if sparse else 1.0
                     seconds = timed(lambda run=run: run.step(x))
                     if number:
                         times[sparse].append(seconds)
             dense, sparse = (statistics.median(times[way]) for way in (False, True))
             figures = {"dense": dense, "sparse": sparse, "ratio": dense / sparse}
-            rows.append({"method": method, "share": run.share, **figures})
+            rows.append({"method": method, "share": run.activity.share, **figures})
     if args.json:
         print(json.dumps({"settings": vars(args), "rows": rows}))
         return

@@ -38,7 +38,7 @@ def unchecked() -> Iterator[None]:
 @pytest.fixture
 def quick_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """A meta-SAE of few steps, where its figure is not what is tested."""
-    from c2r.eval.splitting.evaluation import composition
+    from c2r.eval.splitting import composition
 
     monkeypatch.setattr(composition, "_PASSES", 5)
     monkeypatch.setattr(composition, "_STEPS", 20)

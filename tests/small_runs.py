@@ -12,7 +12,7 @@ from torch import Tensor
 from builders import run_config
 from c2r.config.known_features import preset
 from c2r.config.run import RunConfig, TrainConfig
-from c2r.config.saes import METHODS, SAEConfig
+from c2r.config.saes import SECTIONS, SAEConfig
 from c2r.eval.absorption.concepts import Labelled
 from c2r.known_features.presets import known_features
 from c2r.known_features.stream import KNOWN, SyntheticStream
@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def configured(method: str, **changes: Any) -> SAEConfig:
     settings = {"fractions": (0.125, 0.375, 0.5)} if method == "matryoshka_batch_top_k" else {}
     settings |= SETTINGS.get(method, {"k": 2})
-    return METHODS[method].model_validate({"name": method, "width": TREE.features, **settings, **changes})
+    return SECTIONS[method].model_validate({"name": method, "width": TREE.features, **settings, **changes})
 
 
 def trained(method: str, steps: int = 200, precision: str = "float32", **changes: Any) -> Run[Any]:

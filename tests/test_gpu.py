@@ -44,7 +44,7 @@ def test_the_sparse_path_on_a_gpu(method: str) -> None:
     for device in ("cpu", "cuda"):
         settings = TrainConfig(tokens=256, batch=256, precision="float32")
         run = Run(configured(method, c2r={"strength": 0.3}), settings, TREE.d_in, device=device)
-        run.share = 0.0
+        run.activity.share = 0.0
         x_BD = TREE.sample(256, torch.Generator().manual_seed(0)).x_BD / SCALE
         losses.append(run.step(x_BD.to(device))["loss"].item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -12,7 +12,7 @@ from rich.console import Console
 from builders import known_run
 from c2r import machine
 from c2r.config.run import TrainConfig
-from c2r.config.saes import METHODS, BatchTopKConfig
+from c2r.config.saes import SECTIONS, BatchTopKConfig
 from c2r.machine import fast_dtype, int8_pays, quick_dtype, usable_features
 from c2r.training import precision
 from c2r.training.precision import Precision, choose_precision, precision_lines
@@ -121,7 +121,7 @@ def test_what_a_run_trains_in(
     found = TrainConfig(tokens=10**6, **settings)
     assert choose_precision(BatchTopKConfig(name="x", width=16384, k=32), found, CPU) == expected
     # Methods that do not select from the batch have no use for candidates, and few latents are not worth them.
-    assert choose_precision(METHODS["top_k"](name="x", width=16384, k=32), found, CPU) == (expected[0], False)
+    assert choose_precision(SECTIONS["top_k"](name="x", width=16384, k=32), found, CPU) == (expected[0], False)
     if "selection" not in settings:
         assert not choose_precision(BatchTopKConfig(name="x", width=1024, k=32), found, CPU).int8
     # What the record says chooses the same again, on any machine that can.
@@ -156,7 +156,7 @@ def test_int8_that_cannot_be_had_is_refused(
     asked = TrainConfig(tokens=10**6, selection="int8", **settings)
     for method in ("batch_top_k", "ort"):
         with pytest.raises(ValueError, match=rf"train\.selection: got 'int8', but .*{says}.*'auto' and 'product'"):
-            choose_precision(METHODS[method](name="x", width=16, k=2), asked, torch.device(device))
+            choose_precision(SECTIONS[method](name="x", width=16, k=2), asked, torch.device(device))
     if device == "cpu":  # before the activations are opened
         config = known_run(tmp_path / "run", train=asked.model_dump() | {"device": "cpu"})
         with pytest.raises(ValueError, match=r"train\.selection"):

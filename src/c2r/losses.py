@@ -27,6 +27,10 @@ class Encoded(NamedTuple):
     """gated: the gate's ReLU'd pre-activations, which is what L1 and C²R see."""
     pre: Acts | None = None
     """jump_relu: pre-activations, all those near or above their threshold."""
+    ends: tuple[int, ...] = ()
+    """matryoshka: where the prefixes of latents end that must reconstruct alone; empty where only all must."""
+    found_by_int8: bool = False
+    """batch-top-k: whether a product in int8 found the candidates."""
 
     @property
     def penalised(self) -> Acts:
@@ -42,17 +46,15 @@ class Forward:
     x_BD: Tensor
     encoded: Encoded
     dead_F: Tensor
-    """Latents that have been silent for too long, bool."""
-    ends: tuple[int, ...]
-    """Where Matryoshka's prefixes of latents end; (F,) without any."""
+    """Latents that have been silent for too long, bool `[F]`."""
 
     @cached_property
     def prefixes(self) -> list[Tensor]:
-        """Reconstruction `[B, D]` from each prefix of latents, the last from all."""
+        """Reconstruction `[B, D]` from each prefix of latents; the last from all of them."""
         sae, acts = self.sae, self.encoded.acts
-        if len(self.ends) == 1:
+        if not self.encoded.ends:
             return [decode(acts, sae.W_dec, sae.b_dec)]
-        return decode_groups(acts, sae.W_dec, sae.b_dec, self.ends)
+        return decode_groups(acts, sae.W_dec, sae.b_dec, self.encoded.ends)
 
     @cached_property
     def error_BD(self) -> Tensor:

@@ -1,181 +1,268 @@
-"""Methods: a row each, naming how it encodes and what it minimises. A new method is a function and a row here,
-and a section in `methods.py`.
+"""The methods, a row each: how activations are made, what is minimised besides C²R, and what the saved SAE is.
 
-B tokens in a batch · D width of the activations · F latents.
+`docs/methods.md` lists the papers.
+
+B tokens in a batch · F latents · N chosen places in a batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r import losses as terms
+from c2r import losses, schedules
+from c2r.config.saes import (
+    GatedConfig,
+    JumpReLUConfig,
+    MatryoshkaConfig,
+    OrtConfig,
+    PAnnealConfig,
+    SAEConfig,
+    StandardConfig,
+    TopKConfig,
+    group_ends,
+)
 from c2r.kernels.codes import Codes
 from c2r.losses import Encoded, Forward
 from c2r.sae.jumprelu import jump_relu, published_soft_l0, soft_l0
-from c2r.sae.model import Architecture
-from c2r.sae.selection import support_above, top_k_of_each_token
+from c2r.sae.model import Extra
+from c2r.sae.selection import BatchTopK, support_above, top_k_of_each_token
+from c2r.step import Method, Step
 
-if TYPE_CHECKING:
-    from c2r.training.run import Run
-
-Term = Callable[["Run[Any]", Forward], Tensor]
+# Encoders
 
 
-class Recipe(NamedTuple):
-    """One method."""
-
-    encode: Callable[[Run[Any], Tensor], Encoded]
-    """Activations of a batch `[B, D]`."""
-    terms: dict[str, Term]
-    """What is minimised besides C²R, each term with its weight; they are summed."""
-    architecture: Architecture
-    """Of the saved SAE."""
-    trained_as: Architecture = "standard"
-    """Which weights are trained."""
-    unit_rows: bool = True
-    """Decoder rows are held at norm 1: the gradient's part along them is taken out, and they are renormalised."""
-    initial_norm: float = 1.0
-    """Of the decoder's and encoder's rows."""
-    median_start: bool = True
-    """b_dec starts at the geometric median of the first batch."""
-    subtract_b_dec: bool = True
-    """Whether x − b_dec or x enters the encoder."""
-
-
-def encode_relu(run: Run[Any], x_BD: Tensor) -> Encoded:
+def encode_relu(step: Step[SAEConfig]) -> Encoded:
     """f = ReLU(pre)."""
-    if not run.sparse_pays:
-        return Encoded(F.relu(run.product(x_BD)))
-    support = support_above(run.selecting_product(x_BD), -run.sae.b_enc)
-    return Encoded(Codes(F.relu(run.encode_at(x_BD, support)), support))
+    if not step.sparse_pays:
+        return Encoded(F.relu(step.encoder.dense(step.x_BD)))
+    support = support_above(step.encoder.scores(step.x_BD), -step.sae.b_enc)
+    return Encoded(Codes(F.relu(step.encoder.at(step.x_BD, support)), support))
 
 
-def encode_jump_relu(run: Run[Any], x_BD: Tensor) -> Encoded:
+def encode_jump_relu(step: Step[JumpReLUConfig]) -> Encoded:
     """f = pre where pre > threshold."""
-    threshold_F: Any = run.sae.threshold
-    if not run.sparse_pays:
-        pre_BF = run.product(x_BD)
-        return Encoded(jump_relu(pre_BF, threshold_F, run.config.bandwidth), pre=pre_BF)
-    # The entries that fire, and those so little below their threshold that they count in its gradient.
-    support = support_above(run.selecting_product(x_BD), threshold_F - run.config.bandwidth / 2 - run.sae.b_enc)
-    pre_N = run.encode_at(x_BD, support)
-    acts_N = jump_relu(pre_N, threshold_F[support.latents_N], run.config.bandwidth)
+    threshold_F: Any = step.sae.threshold
+    bandwidth = step.config.bandwidth
+    if not step.sparse_pays:
+        pre_BF = step.encoder.dense(step.x_BD)
+        return Encoded(jump_relu(pre_BF, threshold_F, bandwidth), pre=pre_BF)
+    # The entries that fire, and those slightly below their threshold, which count in its gradient.
+    support = support_above(step.encoder.scores(step.x_BD), threshold_F - bandwidth / 2 - step.sae.b_enc)
+    pre_N = step.encoder.at(step.x_BD, support)
+    acts_N = jump_relu(pre_N, threshold_F[support.latents_N], bandwidth)
     return Encoded(Codes(acts_N, support), pre=Codes(pre_N, support))
 
 
-def encode_gated(run: Run[Any], x_BD: Tensor) -> Encoded:
+def encode_gated(step: Step[GatedConfig]) -> Encoded:
     """f = magnitude where the gate is open; C²R sees the gate's activations, which alone decide what fires."""
-    sae: Any = run.sae
-    if not run.sparse_pays:
-        pre_BF = run.product(x_BD)
+    sae: Any = step.sae
+    if not step.sparse_pays:
+        pre_BF = step.encoder.dense(step.x_BD)
         return Encoded(sae.activate(pre_BF), gate=F.relu(pre_BF))
-    support = support_above(run.selecting_product(x_BD), -run.sae.b_enc)
-    pre_N, at = run.encode_at(x_BD, support), support.latents_N
+    support = support_above(step.encoder.scores(step.x_BD), -sae.b_enc)
+    pre_N, at = step.encoder.at(step.x_BD, support), support.latents_N
     magnitude_N = sae.r_mag[at].exp() * (pre_N - sae.b_enc[at]) + sae.b_mag[at]
     open_N = F.relu(magnitude_N) * (pre_N > 0)
     return Encoded(Codes(open_N, support), gate=Codes(F.relu(pre_N), support))
 
 
-def encode_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
+def encode_top_k(step: Step[TopKConfig]) -> Encoded:
     """The k largest positive of each token."""
-    support = top_k_of_each_token(run.product_by_token(x_BD), run.k)
-    return Encoded(Codes(F.relu(run.encode_at(x_BD, support)), support))
+    support = top_k_of_each_token(step.encoder.scores_by_token(step.x_BD), _k(step))
+    return Encoded(Codes(F.relu(step.encoder.at(step.x_BD, support)), support))
 
 
-def encode_abs_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
+def encode_abs_top_k(step: Step[TopKConfig]) -> Encoded:
     """The k of each token that are largest in absolute value, with their sign."""
-    support = top_k_of_each_token(run.product_by_token(x_BD), run.k, signed=True)
-    return Encoded(Codes(run.encode_at(x_BD, support), support))
+    support = top_k_of_each_token(step.encoder.scores_by_token(step.x_BD), _k(step), signed=True)
+    return Encoded(Codes(step.encoder.at(step.x_BD, support), support))
 
 
-def encode_batch_top_k(run: Run[Any], x_BD: Tensor) -> Encoded:
+def encode_batch_top_k(step: Step[TopKConfig]) -> Encoded:
     """The B·k largest positive of the batch."""
-    sae, selector, values_N = run.sae, run.selector, None
-    if run.coarse and (found := selector.select_coarsely(sae.centred(x_BD).detach(), sae.W_enc, sae.b_enc, run.k)):
-        support, values_N = found
-        run.int8_found = True
-    else:
-        run.int8_found = False
-        support = selector.select(run.selecting_product(x_BD), sae.b_enc, run.k)
-    return Encoded(Codes(F.relu(run.encode_at(x_BD, support, values_N)), support))
+    sae, encoder, selection = step.sae, step.encoder, step.memory
+    found = None
+    if encoder.int8:
+        found = selection.select_coarsely(sae.centred(step.x_BD).detach(), sae.W_enc, sae.b_enc, _k(step))
+    support, values_N = found or (selection.select(encoder.scores(step.x_BD), sae.b_enc, _k(step)), None)
+    codes = Codes(F.relu(encoder.at(step.x_BD, support, values_N)), support)
+    return Encoded(codes, found_by_int8=found is not None)
 
 
-def reconstruction(run: Run[Any], forward: Forward) -> Tensor:
+def encode_matryoshka(step: Step[MatryoshkaConfig]) -> Encoded:
+    """As `encode_batch_top_k`, with the groups whose prefixes must reconstruct."""
+    return encode_batch_top_k(step)._replace(ends=group_ends(step.config.fractions, step.config.width))
+
+
+def _k(step: Step[TopKConfig]) -> int:
+    return schedules.k_of_step(step.config, step.number, step.steps, step.sae.d_in)
+
+
+# The inference threshold of the top-k family
+
+
+@dataclass
+class KeptPerToken:
+    """What `top_k` and `abs_top_k` follow: the smallest activation kept, averaged over the tokens."""
+
+    threshold: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
+    """Moving average over batches; −1 until it is first measured."""
+    smallest: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
+    """The last batch's; serves an SAE that is saved before the average begins."""
+
+
+@dataclass
+class KeptPerBatch(BatchTopK):
+    """What batch-top-k keeps: its selection's floor, and the smallest activation of the batch, as in `KeptPerToken`."""
+
+    threshold: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
+    smallest: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
+
+
+def follow_threshold(step: Step[TopKConfig], encoded: Encoded) -> None:
+    """Average the smallest positive activation that was kept (Bussmann et al. 2024, arXiv 2412.06410, section 3)."""
+    memory, acts = step.memory, encoded.acts
+    assert isinstance(acts, Codes)
+    memory.smallest = _smallest(acts, per_token=isinstance(memory, KeptPerToken))
+    if step.number > schedules.threshold_start(step.config, step.steps):
+        moved = memory.threshold.lerp(memory.smallest, 1 - schedules.threshold_decay(step.config, step.steps))
+        memory.threshold = torch.where(memory.threshold < 0, memory.smallest, moved)
+
+
+def _smallest(acts: Codes, *, per_token: bool) -> Tensor:
+    """The smallest positive activation of the batch, or the mean over tokens of each one's; 0 without any."""
+    values_N = acts.values_N.detach()
+    kept_N = values_N > 0
+    if not kept_N.any():
+        return values_N.new_zeros(())
+    if not per_token:
+        return values_N[kept_N].min()
+    least_B = values_N.new_full((acts.support.batch,), torch.inf)
+    least_B.scatter_reduce_(0, acts.support.tokens_N[kept_N], values_N[kept_N], "amin")
+    return least_B[least_B.isfinite()].mean()
+
+
+def with_threshold(config: TopKConfig, memory: KeptPerBatch) -> Extra:
+    """Batch-top-k's inference form: a JumpReLU with one threshold for all latents."""
+    threshold = torch.where(memory.threshold < 0, memory.smallest, memory.threshold)
+    if threshold < 0:
+        raise ValueError("no step was made, so there is no inference threshold")
+    return Extra(threshold=threshold.expand(config.width))
+
+
+def with_k(config: TopKConfig, memory: KeptPerToken) -> Extra:
+    """The inference form of `top_k` and `abs_top_k`."""
+    return Extra(k=config.k)
+
+
+# Terms
+
+
+def reconstruction(step: Step[SAEConfig], forward: Forward) -> Tensor:
     """Mean over tokens of ‖x − x̂‖²."""
-    return terms.reconstruction(forward)
+    return losses.reconstruction(forward)
 
 
-def _prefixes(run: Run[Any], forward: Forward) -> Tensor:
-    groups = len(run.config.fractions)
-    return terms.reconstruction(forward, run.config.weights or (1 / groups,) * groups)
+def prefixes(step: Step[MatryoshkaConfig], forward: Forward) -> Tensor:
+    """The same summed over Matryoshka's prefixes, with weights."""
+    groups = len(step.config.fractions)
+    return losses.reconstruction(forward, step.config.weights or (1 / groups,) * groups)
 
 
-def _aux_k(run: Run[Any], forward: Forward) -> Tensor:
-    k, signed = run.config.aux_k or max(1, run.sae.d_in // 2), run.recipe.architecture == "abs_topk"
-    return run.config.aux_coefficient * terms.aux_k(forward, k, signed=signed)
+def aux_k(step: Step[TopKConfig], forward: Forward) -> Tensor:
+    """Dead latents reconstruct the residual."""
+    k = step.config.aux_k or max(1, step.sae.d_in // 2)
+    return step.config.aux_coefficient * losses.aux_k(forward, k, signed=step.config.method == "abs_top_k")
 
 
-def _orthogonality(run: Run[Any], forward: Forward) -> Tensor:
-    return run.config.orthogonality * terms.orthogonality(run.sae.W_dec, *run.neighbors())
+def orthogonality(step: Step[OrtConfig], forward: Forward) -> Tensor:
+    """OrtSAE's penalty on nearest cosines."""
+    return step.config.orthogonality * losses.orthogonality(step.sae.W_dec, *step.neighbors())
 
 
-def _l1(run: Run[Any], forward: Forward) -> Tensor:
-    return run.config.l1 * run.sparsity_scale * terms.l1(forward.encoded.penalised)
+def l1(step: Step[StandardConfig], forward: Forward) -> Tensor:
+    """L1 of the activations (gated: of the gate's)."""
+    return _sparsity(step) * losses.l1(forward.encoded.penalised)
 
 
-def _l1_of_norms(run: Run[Any], forward: Forward) -> Tensor:
-    return run.config.l1 * run.sparsity_scale * terms.l1(forward.encoded.acts, run.sae.W_dec.norm(dim=1))
+def l1_of_norms(step: Step[StandardConfig], forward: Forward) -> Tensor:
+    """L1 weighted by decoder norms, which are free."""
+    return _sparsity(step) * losses.l1(forward.encoded.acts, step.sae.W_dec.norm(dim=1))
 
 
-def _lp(run: Run[Any], forward: Forward) -> Tensor:
-    p, rescaled = run.annealed_p(forward.encoded.acts)
-    return run.config.l1 * run.sparsity_scale * rescaled * terms.lp(forward.encoded.acts, p)
+def _sparsity(step: Step[StandardConfig]) -> float:
+    return step.config.l1 * schedules.sparsity_warmup(step.config, step.number, step.steps)
 
 
-def _target_l0(run: Run[Any], forward: Forward) -> Tensor:
-    threshold_F: Any = run.sae.threshold
-    encoded, bandwidth = forward.encoded, run.config.bandwidth
-    if run.config.l0_gradient == "paper":
+@dataclass
+class AnnealedP:
+    """What p-anneal keeps."""
+
+    p: float = 1.0
+    scale: float = 1.0
+    """Factor that keeps the term from jumping where p does."""
+
+
+def lp(step: Step[PAnnealConfig], forward: Forward) -> Tensor:
+    """Lp of the activations, whose p falls during training."""
+    p, memory, acts = schedules.annealed_p(step.config, step.number, step.steps), step.memory, forward.encoded.acts
+    if p != memory.p:
+        with torch.no_grad():
+            before, after = losses.lp(acts, memory.p), losses.lp(acts, p)
+        memory.scale *= (before / after).item() if after > 0 else 1.0
+        memory.p = p
+    return _sparsity(step) * memory.scale * losses.lp(acts, p)
+
+
+def target_l0(step: Step[JumpReLUConfig], forward: Forward) -> Tensor:
+    """(L0 / target − 1)², through the straight-through gradient of the thresholds."""
+    threshold_F: Any = step.sae.threshold
+    encoded, config = forward.encoded, step.config
+    if config.l0_gradient == "paper":
         assert encoded.pre is not None
-        l0 = soft_l0(encoded.pre, threshold_F, bandwidth)
+        l0 = soft_l0(encoded.pre, threshold_F, config.bandwidth)
     else:
-        l0 = published_soft_l0(encoded.acts, threshold_F, bandwidth)
-    off_target = l0 / run.config.target_l0 - 1
-    return run.config.sparsity_coefficient * run.sparsity_scale * off_target.square()
+        l0 = published_soft_l0(encoded.acts, threshold_F, config.bandwidth)
+    warmup = schedules.sparsity_warmup(config, step.number, step.steps)
+    return config.sparsity_coefficient * warmup * (l0 / config.target_l0 - 1).square()
 
 
-def _gate_reconstruction(run: Run[Any], forward: Forward) -> Tensor:
-    return terms.gate_reconstruction(forward)
+def gate_reconstruction(step: Step[GatedConfig], forward: Forward) -> Tensor:
+    """What the gate alone would reconstruct."""
+    return losses.gate_reconstruction(forward)
 
 
-_TOP_K: dict[str, Term] = {"reconstruction": reconstruction, "aux_k": _aux_k}
-RECIPES: dict[str, Recipe] = {
-    "standard": Recipe(
-        encode_relu, {"reconstruction": reconstruction, "l1": _l1}, "standard", initial_norm=0.1, median_start=False
+# The rows
+
+_TOP_K: dict[str, Callable[[Step[Any], Forward], Tensor]] = {"reconstruction": reconstruction, "aux_k": aux_k}
+_PER_TOKEN: dict[str, Any] = {"memory": KeptPerToken, "after": follow_threshold, "finish": with_k}
+_PER_BATCH: dict[str, Any] = {"memory": KeptPerBatch, "after": follow_threshold, "finish": with_threshold}
+_RELU: dict[str, Any] = {"architecture": "standard", "initial_norm": 0.1, "median_start": False}
+METHODS: dict[str, Method[Any]] = {
+    "standard": Method(encode_relu, {"reconstruction": reconstruction, "l1": l1}, **_RELU),
+    "april_update": Method(
+        encode_relu, {"reconstruction": reconstruction, "l1": l1_of_norms}, unit_rows=False, **_RELU
     ),
-    "april_update": Recipe(
-        encode_relu, {"reconstruction": reconstruction, "l1": _l1_of_norms}, "standard",
-        unit_rows=False, initial_norm=0.1, median_start=False,
+    "p_anneal": Method(encode_relu, {"reconstruction": reconstruction, "lp": lp}, memory=AnnealedP, **_RELU),
+    "top_k": Method(encode_top_k, _TOP_K, "topk", **_PER_TOKEN),
+    "abs_top_k": Method(encode_abs_top_k, _TOP_K, "abs_topk", **_PER_TOKEN),
+    "batch_top_k": Method(encode_batch_top_k, _TOP_K, "jumprelu", **_PER_BATCH),
+    "matryoshka_batch_top_k": Method(
+        encode_matryoshka, {"reconstruction": prefixes, "aux_k": aux_k}, "jumprelu", **_PER_BATCH
     ),
-    "p_anneal": Recipe(
-        encode_relu, {"reconstruction": reconstruction, "lp": _lp}, "standard", initial_norm=0.1, median_start=False
-    ),
-    "top_k": Recipe(encode_top_k, _TOP_K, "topk"),
-    "abs_top_k": Recipe(encode_abs_top_k, _TOP_K, "abs_topk"),
-    "batch_top_k": Recipe(encode_batch_top_k, _TOP_K, "jumprelu"),
-    "matryoshka_batch_top_k": Recipe(encode_batch_top_k, {"reconstruction": _prefixes, "aux_k": _aux_k}, "jumprelu"),
-    "ort": Recipe(encode_batch_top_k, _TOP_K | {"orthogonality": _orthogonality}, "jumprelu"),
-    "jump_relu": Recipe(
-        encode_jump_relu, {"reconstruction": reconstruction, "l0": _target_l0}, "jumprelu", "jumprelu",
+    "ort": Method(encode_batch_top_k, _TOP_K | {"orthogonality": orthogonality}, "jumprelu", **_PER_BATCH),
+    "jump_relu": Method(
+        encode_jump_relu, {"reconstruction": reconstruction, "l0": target_l0}, "jumprelu", "jumprelu",
         median_start=False, subtract_b_dec=False,
     ),
-    "gated": Recipe(
-        encode_gated,
-        {"reconstruction": reconstruction, "l1": _l1, "gate_reconstruction": _gate_reconstruction},
+    "gated": Method(
+        encode_gated, {"reconstruction": reconstruction, "l1": l1, "gate_reconstruction": gate_reconstruction},
         "gated", "gated", median_start=False,
     ),
 }  # fmt: skip

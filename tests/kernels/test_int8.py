@@ -96,7 +96,7 @@ def batches(count: int) -> list[Tensor]:
 def run_of(int8: bool) -> Run[Any]:
     config = BatchTopKConfig(name="x", width=512, k=8, k_anneal=0, c2r=ConsistencyConfig(strength=0.3))
     run = Run(config, TrainConfig(tokens=128 * 40, batch=128, lr=1e-3, precision="float32"), 64)
-    run.coarse = int8
+    run.encoder.int8 = int8
     return run
 
 
@@ -129,11 +129,8 @@ def test_a_resumed_run_goes_on_in_int8_bit_for_bit() -> None:
             parts = run_of(False)
             parts.load_state_dict(state)
         parts.step(x)
-    assert parts.coarse
+    assert parts.encoder.int8
     assert torch.equal(whole.sae.W_enc, parts.sae.W_enc)
-    older = {name: value for name, value in whole.state_dict().items() if name != "coarse"}
-    whole.load_state_dict(older)
-    assert not whole.coarse
 
 
 @right

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from c2r.config.run import TrainConfig
-from c2r.config.saes import METHODS, ConsistencyConfig
+from c2r.config.saes import SECTIONS, ConsistencyConfig
 from c2r.training.run import Run
 from small_runs import FREE_K
 
@@ -21,7 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def gradients(method: str, shape: tuple[int, int, int], seed: int, bias: float, *, sparse: bool) -> dict[str, Any]:
     """Losses and gradients of one step whose weights are not updated."""
     batch, d_in, width = shape
-    config = METHODS[method](name="x", width=width, c2r=ConsistencyConfig(strength=0.5), **SETTINGS.get(method, {}))
+    config = SECTIONS[method](name="x", width=width, c2r=ConsistencyConfig(strength=0.5), **SETTINGS.get(method, {}))
     run = Run(config, TrainConfig(tokens=100 * batch, batch=batch, precision="float32"), d_in, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def gradients(method: str, shape: tuple[int, int, int], seed: int, bias: float, 
         run.sae.b_enc += bias
         run.sae.W_enc[0] = 0  # a dead latent
     run.step_number = 50  # sparsity is warmed up
-    run.share = 0.0 if sparse else 1.0
+    run.activity.share = 0.0 if sparse else 1.0
     run.optimizer.step = run.optimizer.zero_grad = lambda: None
     measured = run.step(torch.randn(batch, d_in, generator=generator) / d_in**0.5)
     return measured | {name: weight.grad for name, weight in run.sae.named_parameters()}
@@ -49,15 +49,15 @@ def test_sparse_equals_dense(method: str, batch: int, d_in: int, width: int, see
 
 
 def test_a_run_takes_the_sparse_path_when_few_latents_fire(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = METHODS["standard"](name="x", width=200)
+    config = SECTIONS["standard"](name="x", width=200)
     run = Run(config, TrainConfig(tokens=2000, batch=20), 8)
     x = torch.randn(20, 8)
-    assert not run.sparse_pays  # nothing is known before the first step
+    assert not run.activity.sparse_pays  # nothing is known before the first step
     run.step(x)
-    assert not run.sparse_pays
+    assert not run.activity.sparse_pays
     with torch.no_grad():
         run.sae.b_enc -= 5
     run.step(x)
-    assert run.sparse_pays
+    assert run.activity.sparse_pays
     monkeypatch.setattr(run, "product", lambda x: pytest.fail("the dense path was taken"))
     run.step(x)

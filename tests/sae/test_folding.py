@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from c2r.config.run import TrainConfig
-from c2r.config.saes import METHODS
+from c2r.config.saes import SECTIONS
 from c2r.eval.audit.findings import findings, look
 from c2r.interop.saelens import load_sae, save_sae
 from c2r.sae.model import SAE, Architecture, Extra
@@ -140,7 +140,7 @@ def test_training_begins_with_what_the_sae_does(method: str, more: dict[str, flo
     architecture = {"jump_relu": "jumprelu", "gated": "gated"}.get(method, "standard")
     norms = torch.logspace(-0.7, 0.7, F)
     start = random_sae(architecture, norms, 7, subtract=method != "jump_relu").requires_grad_(True)  # pyright: ignore
-    config = METHODS[method].model_validate({"name": "x", "method": method, "width": F, **more})
+    config = SECTIONS[method].model_validate({"name": "x", "method": method, "width": F, **more})
     train = TrainConfig(tokens=100 * B, batch=B, lr=1e-12, precision="float32", warmup_steps=0)
     run = Run(config, train, D, start=start)
     x = torch.randn(B, D, generator=torch.Generator().manual_seed(8))
@@ -166,7 +166,7 @@ def test_a_row_of_zeros_is_started_afresh_without_changing_the_rest() -> None:
     kept = torch.arange(F) != 3
     assert torch.equal(started.encode(x)[:, kept], sae.encode(x)[:, kept])
     assert (started(x) - sae(x)).norm(dim=1).max() < 0.05 * sae(x).norm(dim=1).min()
-    config = METHODS["gated"].model_validate({"name": "x", "method": "gated", "width": F})
+    config = SECTIONS["gated"].model_validate({"name": "x", "method": "gated", "width": F})
     run = Run(
         config, TrainConfig(tokens=100 * B, batch=B, lr=1e-3, precision="float32"), D, start=sae.requires_grad_(True)
     )

@@ -64,8 +64,8 @@ def rows(count: int = 2048, seed: int = 0) -> Tensor:
 
 
 def l0_term_and_gradient(run: Run[Any], x: Tensor) -> tuple[float, Tensor]:
-    forward = Forward(run.sae, x, run.recipe.encode(run, x), run.dead_F, run.ends)
-    term = run.recipe.terms["l0"](run, forward)
+    forward = Forward(run.sae, x, run.method.encode(run.seen(x)), run.activity.dead_F)
+    term = run.method.terms["l0"](run.seen(x), forward)
     (gradient,) = torch.autograd.grad(term, run.sae.threshold)
     return term.item(), gradient
 
@@ -75,8 +75,8 @@ def l0_term_and_gradient(run: Run[Any], x: Tensor) -> tuple[float, Tensor]:
 def test_the_l0_terms_gradient_is_that_of_the_smoothed_objective(threshold: float, sparse: bool) -> None:
     """The rectangle is the derivative of a ramp of width ε; the ramp's own derivative is taken by differences."""
     run, x = run_of(threshold), rows()
-    run.share = 0.0 if sparse else 1.0
-    assert isinstance(run.recipe.encode(run, x).acts, Codes) == sparse
+    run.activity.share = 0.0 if sparse else 1.0
+    assert isinstance(run.method.encode(run.seen(x)).acts, Codes) == sparse
     term, gradient = l0_term_and_gradient(run, x)
     pre = run.sae.pre_activations(x).detach().double()
     thresholds = run.sae.threshold.detach().double()
@@ -108,7 +108,7 @@ def test_thresholds_stay_at_zero_or_above_and_training_encodes_as_inference_does
         run.step(rows(512, seed=step))
         assert run.sae.threshold is not None
         lowest.append(run.sae.threshold.min().item())
-        acts = to_dense(run.recipe.encode(run, x).acts)
+        acts = to_dense(run.method.encode(run.seen(x)).acts)
         assert (acts >= 0).all()
         torch.testing.assert_close(acts, run.export().encode(x), rtol=1e-5, atol=1e-6)
     assert min(lowest) == 0
@@ -128,4 +128,4 @@ def test_a_start_with_thresholds_below_zero_keeps_its_function() -> None:
     assert run.sae.threshold is not None
     assert torch.equal(run.sae.threshold.data, threshold.clamp(min=0))
     assert torch.equal(run.export().encode(x), before)
-    torch.testing.assert_close(to_dense(run.recipe.encode(run, x).acts), before)
+    torch.testing.assert_close(to_dense(run.method.encode(run.seen(x)).acts), before)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from builders import ROOT
 from c2r.config.run import TrainConfig
-from c2r.config.saes import METHODS, ConsistencyConfig, SAEConfig
+from c2r.config.saes import SECTIONS, ConsistencyConfig, SAEConfig
 from c2r.penalty import consistency_penalty
 from c2r.training.run import Run
 
@@ -43,14 +43,14 @@ WEIGHTS = {
 
 def method_of(case: str) -> str:
     """The method that a case's name begins with, the longest of those that fit."""
-    return max((name for name in METHODS if case.startswith(name)), key=len)
+    return max((name for name in SECTIONS if case.startswith(name)), key=len)
 
 
 def configured(case: str) -> tuple[SAEConfig, TrainConfig]:
     """A case's published settings in c2r's words."""
     given = INDEX[case]["config"]
     batch = load_file(GOLDEN / f"{case}.safetensors")["x"].shape[1]
-    method = METHODS[method_of(case)]
+    method = SECTIONS[method_of(case)]
     c2r = ConsistencyConfig.model_validate(
         {
             "lambda": given["c2r_penalty"],
@@ -63,7 +63,7 @@ def configured(case: str) -> tuple[SAEConfig, TrainConfig]:
     defaults = {"k_anneal": (given.get("k_anneal_steps") or 0) / given["steps"], "threshold_decay": 0.999}
     settings = {name: value for name, value in defaults.items() if name in method.model_fields}
     settings |= {ours: given[theirs] for theirs, ours in SETTINGS.items() if given.get(theirs) is not None}
-    if method is METHODS["jump_relu"]:
+    if method is SECTIONS["jump_relu"]:
         settings["l0_gradient"] = "published"
     sae = method(name=case, width=given["dict_size"], c2r=c2r if given["c2r_penalty"] else None, **settings)
     train = TrainConfig(
@@ -120,11 +120,11 @@ def test_published_run(case: str) -> None:
         final = arrays[f"final.{theirs}"]
         torch.testing.assert_close(weight.T if theirs == "W_enc" else weight, final, rtol=0, atol=1e-4)
     if "final.threshold" in arrays and config.method != "jump_relu":
-        assert run.threshold.item() == pytest.approx(arrays["final.threshold"].item(), abs=1e-4)
+        assert run.memory.threshold.item() == pytest.approx(arrays["final.threshold"].item(), abs=1e-4)
 
 
 def test_published_cases_cover_the_published_methods() -> None:
-    published = set(METHODS) - {"p_anneal", "abs_top_k"}
+    published = set(SECTIONS) - {"p_anneal", "abs_top_k"}
     assert {method_of(case) for case in CASES} <= published
     if "C2R_GOLDEN_DIR" not in os.environ:
         assert {method_of(case) for case in CASES} == published

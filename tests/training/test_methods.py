@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from builders import ROOT, run_config, write_corpus
 from c2r.config.load import load_config
 from c2r.config.run import TrainConfig
 from c2r.config.saes import (
-    METHODS,
+    SECTIONS,
     BatchTopKConfig,
     ConsistencyConfig,
     MatryoshkaConfig,
@@ -24,8 +25,9 @@ from c2r.config.saes import (
 )
 from c2r.interop.saelens import save_sae
 from c2r.kernels.codes import norms, to_dense
-from c2r.losses import lp
-from c2r.methods import RECIPES
+from c2r.losses import Encoded, Forward, lp
+from c2r.losses import reconstruction as reconstruction_of
+from c2r.methods import METHODS
 from c2r.neighbors import nearest_neighbors, random_floor
 from c2r.penalty import consistency_penalty
 from c2r.sae.model import SAE, Extra
@@ -56,7 +58,7 @@ def explained(sae: SAE, x: Tensor) -> float:
 # Training and saving
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(SECTIONS))
 def test_c2r_lowers_cosines_and_keeps_the_reconstruction(method: str) -> None:
     x = fresh()
     pressed = trained(method, c2r={"strength": 0.1}).export()
@@ -68,7 +70,7 @@ def test_c2r_lowers_cosines_and_keeps_the_reconstruction(method: str) -> None:
     assert explained(pressed, x) > explained(plain(method), x) - allowed
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(SECTIONS))
 def test_a_saved_method_has_its_tensors_and_gives_the_same_codes(method: str, tmp_path: Path) -> None:
     run, scale = trained(method, 60, c2r={"strength": 0.3}), 7.0
     save_sae(run.export(scale), tmp_path / "sae", metadata={}, c2r={})
@@ -88,7 +90,7 @@ def test_a_saved_method_has_its_tensors_and_gives_the_same_codes(method: str, tm
 @pytest.mark.parametrize("method", ["standard", "april_update", "p_anneal", "jump_relu", "gated", "top_k", "abs_top_k"])
 def test_training_and_inference_encode_alike(method: str) -> None:
     run, x = trained(method, 40, **({"k_anneal": 0} if "top_k" in method else {})), fresh(100)
-    acts = to_dense(run.recipe.encode(run, x).acts)
+    acts = to_dense(run.method.encode(run.seen(x)).acts)
     torch.testing.assert_close(acts, run.export().encode(x), rtol=1e-5, atol=1e-5)
 
 
@@ -100,11 +102,11 @@ def test_inference_l0_stays_at_k(method: str) -> None:
 
 def test_every_method_trains_from_a_yaml(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     saes = [
-        {"name": m, "method": m, "width": 40, "c2r": {"strength": 0.3}, **SETTINGS.get(m, {"k": 3})} for m in METHODS
+        {"name": m, "method": m, "width": 40, "c2r": {"strength": 0.3}, **SETTINGS.get(m, {"k": 3})} for m in SECTIONS
     ]
     config = run_config(tmp_path / "run", tiny_models["llama"], write_corpus(tmp_path / "text"), saes=saes)
     folders = train(config)
-    assert set(folders) == set(METHODS)
+    assert set(folders) == set(SECTIONS)
     assert load_config(tmp_path / "run" / "run.yaml") == config
     for method, folder in folders.items():
         assert c2r.load(folder).config["metadata"]["training_architecture"] == method
@@ -119,12 +121,12 @@ def test_bfloat16_product(method: str) -> None:
 # What C²R sees
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(SECTIONS))
 def test_penalty_sees_the_right_activations_and_the_decoder_the_right_way_round(method: str) -> None:
     run, x = trained(method, 5, c2r={"lambda": 2.0, "neighbors": "exact"}), fresh(300)
     with torch.no_grad():
-        encoded = run.recipe.encode(run, x)
-        term = run.consistency_term(encoded, len(x))
+        encoded = run.method.encode(run.seen(x))
+        term = run.consistency(run.seen(x), encoded)
         pre = run.sae.pre_activations(x)
         seen = torch.relu(pre) if method == "gated" else to_dense(encoded.acts)
     expected = 2.0 * consistency_penalty(seen, run.sae.W_dec.detach())
@@ -137,7 +139,8 @@ def test_penalty_sees_the_right_activations_and_the_decoder_the_right_way_round(
 
 def test_matryoshka_neighbours_cross_groups() -> None:
     run = trained("matryoshka_batch_top_k", 50, c2r={"strength": 0.1, "neighbors": "exact"})
-    group = torch.bucketize(torch.arange(TREE.features), torch.tensor(run.ends), right=True)
+    ends = torch.tensor(group_ends(run.config.fractions, TREE.features))
+    group = torch.bucketize(torch.arange(TREE.features), ends, right=True)
     assert (group[run.neighbors().index] != group).any()
 
 
@@ -165,12 +168,14 @@ def test_lp_by_hand_and_without_nan() -> None:
 def test_p_falls_in_stages_and_the_term_does_not_jump() -> None:
     config = PAnnealConfig(name="x", width=TREE.features, l1=0.05, anneal_from=0.2, anneal_to=0.7)
     run = Run(config, TrainConfig(tokens=25600, batch=256, precision="float32"), TREE.d_in)
-    acts = torch.rand(64, TREE.features)
+    acts, x = torch.rand(64, TREE.features), fresh(64)
+    forward = Forward(run.sae, x, Encoded(acts), run.activity.dead_F)
     ps, values = [], []
     for run.step_number in range(100):
-        p, factor = run.annealed_p(acts)
-        ps.append(p)
-        values.append(factor * lp(acts, p).item())
+        term = run.method.terms["lp"](run.seen(x), forward).item()
+        ps.append(run.memory.p)
+        values.append(run.memory.scale * lp(acts, run.memory.p).item())
+        assert term == pytest.approx(0.05 * min(run.step_number / 10, 1) * values[-1])
     assert ps[19] == 1
     assert ps[20] == pytest.approx(0.92)
     assert ps[99] == pytest.approx(0.2)
@@ -181,16 +186,14 @@ def test_p_falls_in_stages_and_the_term_does_not_jump() -> None:
 def test_matryoshka_prefixes() -> None:
     run = trained("matryoshka_batch_top_k", 5)
     x = fresh(50)
-    forward_acts = run.recipe.encode(run, x)
-    from c2r.losses import Forward, reconstruction
-
-    forward = Forward(run.sae, x, forward_acts, run.dead_F, run.ends)
+    forward_acts = run.method.encode(run.seen(x))
+    forward = Forward(run.sae, x, forward_acts, run.activity.dead_F)
     dense, expected = to_dense(forward_acts.acts), 0.0
-    for end, found in zip(run.ends, forward.prefixes, strict=True):
+    for end, found in zip(forward_acts.ends, forward.prefixes, strict=True):
         prefix = dense[:, :end] @ run.sae.W_dec[:end] + run.sae.b_dec
         torch.testing.assert_close(found, prefix, rtol=1e-4, atol=1e-5)
         expected += (x - prefix).square().sum(1).mean().item() / 3
-    assert reconstruction(forward, (1 / 3,) * 3).item() == pytest.approx(expected, rel=1e-5)
+    assert reconstruction_of(forward, (1 / 3,) * 3).item() == pytest.approx(expected, rel=1e-5)
     assert group_ends((1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32), 65536) == (2048, 6144, 14336, 30720, 65536)
 
 
@@ -210,8 +213,8 @@ def test_ablations(ablation: str) -> None:
     x = fresh(300)
     settings = {"lambda": 1.0, "neighbors": "exact", "ablation": ablation}
     run = trained("batch_top_k", 5, c2r=settings)
-    encoded = run.recipe.encode(run, x)
-    term = run.consistency_term(encoded, len(x)).item()
+    encoded = run.method.encode(run.seen(x))
+    term = run.consistency(run.seen(x), encoded).item()
     own = consistency_penalty(encoded.acts, run.sae.W_dec).item()
     n, j = norms(encoded.acts), run.neighbors()
     if ablation == "unit_cosine":
@@ -264,27 +267,45 @@ def test_extras_that_do_not_fit_an_architecture() -> None:
 
 
 def test_public_names_of_methods() -> None:
-    assert set(METHODS) == set(RECIPES) == set(FOLDERS)
+    assert set(SECTIONS) == set(METHODS) == set(FOLDERS)
     assert BatchTopKConfig(name="x", width=4, k=1).method == "batch_top_k"
     assert MatryoshkaConfig(name="x", width=64, k=1).fractions == (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
     assert ConsistencyConfig(strength=0.9).neighbors == "lagged"
 
 
-# The worked example
+# The worked examples
 
 
-def test_the_worked_example_of_contributing(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(example.splitlines()) <= 40
-    try:
-        exec(compile(example, "CONTRIBUTING.md", "exec"), {})
-        saes = [{"name": "h", "method": "hoyer", "width": 32, "hoyer": 0.02, "c2r": {"strength": 0.3}}]
-        config = run_config(tmp_path / "run", tiny_models["llama"], write_corpus(tmp_path / "text"), saes=saes)
-        folder = train(config)["h"]
+@pytest.fixture
+def examples() -> Iterator[list[str]]:
+    """The Python of CONTRIBUTING.md, whose methods leave the tables afterwards."""
+    before = dict(SECTIONS), dict(METHODS)
+    yield re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    for table, entries in zip((SECTIONS, METHODS), before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+def test_the_worked_examples_of_contributing(examples: list[str], tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    for example, text in zip(("hoyer", "adaptive_l1"), examples, strict=True):
+        assert len(text.splitlines()) <= 45
+        exec(compile(text, "CONTRIBUTING.md", "exec"), {})
+        sections = {"hoyer": {"hoyer": 0.02}, "adaptive_l1": {"target_l0": 3}}[example]
+        saes = [{"name": "x", "method": example, "width": 32, **sections, "c2r": {"strength": 0.3}}]
+        output = tmp_path / example
+        config = run_config(output, tiny_models["llama"], write_corpus(tmp_path / "text"), saes=saes)
+        folder = train(config)["x"]
         assert c2r.load(folder).architecture == "standard"
-        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-        assert lines[-1]["hoyer"] > 0
-    finally:
-        METHODS.pop("hoyer", None)
-        RECIPES.pop("hoyer", None)
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["hoyer" if example == "hoyer" else "l1"] > 0
+
+
+def test_what_an_examples_method_remembers_is_in_its_checkpoint(examples: list[str]) -> None:
+    exec(compile(examples[1], "CONTRIBUTING.md", "exec"), {})
+    section = SECTIONS["adaptive_l1"].model_validate({"name": "x", "width": TREE.features, "target_l0": 2})
+    whole, resumed = (Run(section, TrainConfig(tokens=25600, batch=256), TREE.d_in) for _ in range(2))
+    for _ in range(5):
+        whole.step(fresh(256))
+    assert whole.memory.l1 == pytest.approx(0.05 * 1.01**5)  # half of the latents fire at first
+    resumed.load_state_dict(whole.state_dict())
+    assert resumed.memory.l1 == whole.memory.l1

@@ -11,8 +11,8 @@ from torch import Tensor
 from builders import known_run
 from c2r import losses as terms
 from c2r.config.run import TrainConfig
-from c2r.config.saes import METHODS, BatchTopKConfig, ConsistencyConfig
-from c2r.kernels import nearest as tiles
+from c2r.config.saes import SECTIONS, BatchTopKConfig, ConsistencyConfig
+from c2r.kernels import above
 from c2r.kernels.codes import Codes, decode_groups, encode_all, from_dense
 from c2r.kernels.int8 import Coarse
 from c2r.neighbors import NeighborTable, nearest_neighbors, random_floor, renewed_rows
@@ -69,10 +69,10 @@ def test_the_dense_products_gradients_are_fp32s(subtracted: bool) -> None:
 def test_a_dense_step_in_bfloat16_has_gradients_off_bfloat16s_grid(method: str) -> None:
     more = {"target_l0": 4} if method == "jump_relu" else {}
     run = Run(
-        METHODS[method](name="x", width=96, **more), TrainConfig(tokens=51200, batch=128, precision="bfloat16"), 16
+        SECTIONS[method](name="x", width=96, **more), TrainConfig(tokens=51200, batch=128, precision="bfloat16"), 16
     )
     run.optimizer.step = run.optimizer.zero_grad = lambda: None
-    assert not run.sparse_pays
+    assert not run.activity.sparse_pays
     run.step(rows())
     grad = run.sae.W_enc.grad
     assert grad is not None
@@ -247,7 +247,7 @@ def test_the_saved_threshold_is_the_average() -> None:
     average = None
     for step in range(40):
         run.step(rows(step))
-        smallest = run.smallest.item()
+        smallest = run.memory.smallest.item()
         if step == 5:
             assert torch.equal(run.export(3.0).threshold, torch.full((64,), 3 * smallest))  # not yet tracked
         if step > 9:
@@ -272,7 +272,7 @@ def test_aux_k_uses_half_as_many_dead_latents_as_activations_are_wide(monkeypatc
     for aux_k in (None, 8, 16):
         run = run_of(aux_k=aux_k, dead_after_tokens=1000)
         run.sae.W_enc.data[24:] *= 0.1  # positive half of the time, and never among the top: 40 dead latents
-        run.silent_tokens_F[24:] = 5000
+        run.activity.silent_tokens_F[24:] = 5000
         losses.append(run.step(rows())["aux_k"].item())
     assert seen == [8, 8, 16]  # D is 16
     assert losses[0] == losses[1] != losses[2]
@@ -298,7 +298,7 @@ def test_int8_is_given_up_where_the_cut_fell_below_the_floor(monkeypatch: pytest
 
     def coarse_product(x_BD: Tensor, W_FD: Tensor) -> Coarse:
         product_FB = (W_FD @ x_BD.T).bfloat16()
-        slack_FG = torch.full((len(W_FD), len(x_BD) // tiles.GROUP), 0.12 * cut)
+        slack_FG = torch.full((len(W_FD), len(x_BD) // above.GROUP), 0.12 * cut)
         return Coarse(product_FB, torch.arange(len(x_BD)), torch.ones(len(W_FD)), slack_FG)
 
     monkeypatch.setattr(topk, "coarse_product", coarse_product)
@@ -319,8 +319,8 @@ def test_int8_is_given_up_where_the_cut_fell_below_the_floor(monkeypatch: pytest
 
 
 def test_the_sparse_path_begins_below_three_in_a_hundred() -> None:
-    config = METHODS["standard"](name="x", width=200)
+    config = SECTIONS["standard"](name="x", width=200)
     run = Run(config, TrainConfig(tokens=12800, batch=128, precision="float32"), 16)
     for share, sparse in ((0.031, False), (0.029, True)):
-        run.share = share
-        assert isinstance(run.recipe.encode(run, rows()).acts, Codes) == sparse
+        run.activity.share = share
+        assert isinstance(run.method.encode(run.seen(rows())).acts, Codes) == sparse

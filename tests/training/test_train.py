@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import c2r
 from builders import CONFIGS, run_config
+from c2r import schedules
 from c2r.config.run import TrainConfig
 from c2r.config.saes import BatchTopKConfig, ConsistencyConfig
 from c2r.eval.suite import evaluate, model_of
@@ -19,10 +20,11 @@ from c2r.language_model.model import load_language_model
 from c2r.losses import Encoded, Forward, aux_k
 from c2r.neighbors import nearest_neighbors
 from c2r.sae.model import SAE
+from c2r.schedules import learning_rate_factor
 from c2r.text.packing import packed_rows
 from c2r.training import source
 from c2r.training.folder import RUN_MARK
-from c2r.training.optim import geometric_median, learning_rate_factor
+from c2r.training.optim import geometric_median
 from c2r.training.run import Run
 from c2r.training.trainer import train
 
@@ -116,8 +118,8 @@ def test_bfloat16_product_trains_to_the_same_quality(plain: Run) -> None:
 def test_decoder_rows_stay_at_unit_norm_and_silent_latents_are_counted() -> None:
     run = trained(steps=20, dead_after_tokens=1024)
     torch.testing.assert_close(run.sae.W_dec.norm(dim=1), torch.ones(96))
-    assert run.silent_tokens_F.max() <= 20 * 512
-    assert torch.equal(run.dead_F, run.silent_tokens_F >= 1024)
+    assert run.activity.silent_tokens_F.max() <= 20 * 512
+    assert torch.equal(run.activity.dead_F, run.activity.silent_tokens_F >= 1024)
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -128,7 +130,7 @@ def test_aux_k_reaches_encoder_and_decoder_of_dead_latents_alone(signed: bool) -
     x = torch.randn(50, 6, generator=generator)
     dead = torch.arange(10) >= 6
     alive = sae.encode(x).detach() * ~dead
-    loss = aux_k(Forward(sae, x, Encoded(alive), dead, (10,)), 2, signed=signed)
+    loss = aux_k(Forward(sae, x, Encoded(alive), dead), 2, signed=signed)
     for gradient in torch.autograd.grad(loss, (sae.W_enc, sae.b_enc, sae.W_dec)):
         assert torch.equal(gradient.reshape(10, -1).abs().sum(1) > 0, dead)
     # By the definition: the two strongest dead latents of a token reconstruct its residual.
@@ -137,7 +139,7 @@ def test_aux_k_reaches_encoder_and_decoder_of_dead_latents_alone(signed: bool) -
     residual = x - alive @ W_dec
     expected = (residual - acts @ W_dec).square().sum() / (residual - residual.mean(0)).square().sum()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert aux_k(Forward(sae, x, Encoded(alive), torch.zeros(10, dtype=torch.bool), (10,)), 2).item() == 0
+    assert aux_k(Forward(sae, x, Encoded(alive), torch.zeros(10, dtype=torch.bool)), 2).item() == 0
 
 
 def test_aux_k_revives_dead_latents() -> None:
@@ -151,7 +153,7 @@ def test_aux_k_revives_dead_latents() -> None:
         run.sae.b_enc.data[48:] = -0.4  # half of the latents are positive at times, and never among the top
         for step in range(600):
             run.step(planted(step + 1))
-        dead[coefficient] = int(run.dead_F.sum())
+        dead[coefficient] = int(run.activity.dead_F.sum())
     assert dead[0.0] > 40
     assert dead[1.0] < 0.8 * dead[0.0]
 
@@ -187,7 +189,7 @@ def test_schedule() -> None:
     run = Run(BatchTopKConfig(name="x", width=96, k=4, k_anneal=0.1), config, 32)
     ks = []
     for run.step_number in range(12):
-        ks.append(run.k)
+        ks.append(schedules.k_of_step(run.config, run.step_number, run.train.steps, run.sae.d_in))
     assert ks == [32, 29, 26, 23, 20, 18, 15, 12, 9, 6, 4, 4]
 
 
@@ -202,8 +204,8 @@ def test_export_before_a_threshold_is_tracked_takes_the_last_batch() -> None:
     with pytest.raises(ValueError, match=r"saes\.x: no step was made"):
         run.export()
     run.step(planted(0))
-    assert run.threshold < 0
-    assert torch.equal(run.export().threshold, run.smallest.expand(96))
+    assert run.memory.threshold < 0
+    assert torch.equal(run.export().threshold, run.memory.smallest.expand(96))
     run.sae.W_enc.data[3, 2] = float("nan")
     with pytest.raises(ValueError, match=r"saes\.x: W_enc hold NaN"):
         run.export()
@@ -214,7 +216,7 @@ def test_a_last_batch_of_one_token_leaves_the_weights_whole() -> None:
     run = Run(config, TrainConfig(tokens=2561, batch=256), 32)
     for step in range(10):
         run.step(planted(step, tokens=256))
-    assert run.dead_F.any()
+    assert run.activity.dead_F.any()
     run.step(planted(11, tokens=1))
     run.export()
 

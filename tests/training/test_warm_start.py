@@ -14,7 +14,7 @@ from c2r.config.run import TrainConfig
 from c2r.eval.suite import model_of
 from c2r.interop.saelens import load_sae, save_sae
 from c2r.language_model.model import load_language_model
-from c2r.methods import RECIPES
+from c2r.methods import METHODS
 from c2r.training.run import Run
 from c2r.training.trainer import train
 from c2r.training.warm_start import check_start, starting_weights
@@ -38,7 +38,7 @@ def test_starting_weights_do_what_the_sae_did(source: str, method: str, tmp_path
     start = starting_weights(given, config, 1 / 3.0)
     x = fresh(100)
     torch.testing.assert_close(start.pre_activations(x), given.pre_activations(3 * x) / 3, rtol=1e-4, atol=1e-5)
-    assert start.subtract_b_dec == RECIPES[method].subtract_b_dec
+    assert start.subtract_b_dec == METHODS[method].subtract_b_dec
     if {source, method} <= {"jump_relu", "batch_top_k"} or source == method:
         if start.architecture == given.architecture:
             torch.testing.assert_close(start(x), given(3 * x) / 3, rtol=1e-4, atol=1e-5)

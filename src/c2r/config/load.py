@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from c2r.config.base import Frozen, at_home
 from c2r.config.known_features import PRESETS
 from c2r.config.run import CacheConfig, ModelConfig, RunConfig, StreamConfig, TrackingConfig, TrainConfig, WandbConfig
-from c2r.config.saes import METHODS, ConsistencyConfig, SAEConfig
+from c2r.config.saes import SECTIONS, ConsistencyConfig, SAEConfig
 from c2r.config.text import DataConfig, MixturePart
 from c2r.config.yaml_text import load_yaml
 
@@ -82,7 +82,7 @@ def _fields_at(location: tuple[int | str, ...], raw: dict[str, Any]) -> list[str
     }
     if location[:1] == ("saes",):
         method = raw["saes"][location[1]].get("method", "batch_top_k")
-        sections["saes"] = METHODS.get(method, SAEConfig)
+        sections["saes"] = SECTIONS.get(method, SAEConfig)
     if location[:1] == ("data",) and raw["data"].get("source") == "synthetic":
         sections["data"] = PRESETS[raw["data"]["preset"]]
     named = [part for part in location if part in sections]

@@ -207,7 +207,7 @@ class JumpReLUConfig(SAEConfig):
     """Steps of linear warm-up of the sparsity term; null: 2000, a tenth of a short run."""
 
 
-METHODS: dict[str, type[SAEConfig]] = {
+SECTIONS: dict[str, type[SAEConfig]] = {
     config.model_fields["method"].default: config
     for config in (
         StandardConfig, AprilUpdateConfig, PAnnealConfig, TopKConfig, BatchTopKConfig, MatryoshkaConfig, OrtConfig,
@@ -220,9 +220,9 @@ def _of_its_method(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     method = value.get("method", "batch_top_k")
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}; accepted are {', '.join(METHODS)}")
-    return METHODS[method].model_validate(value)
+    if method not in SECTIONS:
+        raise ValueError(f"method: got {method!r}; accepted are {', '.join(SECTIONS)}")
+    return SECTIONS[method].model_validate(value)
 
 
 AnySAE = Annotated[SerializeAsAny[SAEConfig], BeforeValidator(_of_its_method)]

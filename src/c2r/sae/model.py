@@ -227,3 +227,20 @@ def count_not_finite(tensor: Tensor) -> str:
 def _all_finite(tensor: Tensor) -> bool:
     # The sum is cheap, and finite only where all are; large finite numbers can overflow it.
     return bool(tensor.detach().sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
+def rescaled(sae: SAE, scale: float, architecture: Any, extra: Extra) -> SAE:
+    """A copy that does on scale·x what `sae` does on x: biases and thresholds grow, weights stay."""
+
+    def grown(tensor: Tensor | None, by: float) -> Tensor | None:
+        return None if tensor is None else (tensor * by).detach().clone()
+
+    extra = extra._replace(
+        threshold=grown(extra.threshold, scale), r_mag=grown(extra.r_mag, 1.0), b_mag=grown(extra.b_mag, scale),
+        rank=grown(extra.rank, 1.0),
+    )  # fmt: skip
+    rows = [sae.W_enc, sae.b_enc * scale, sae.W_dec, sae.b_dec * scale]
+    return SAE(
+        *(row.detach().clone() for row in rows), architecture=architecture, extra=extra,
+        subtract_b_dec=sae.subtract_b_dec,
+    )  # fmt: skip

@@ -5,6 +5,8 @@ B tokens in a batch · F latents · N non-zeros in a batch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -21,21 +23,23 @@ _CROWD, _SHARE, _FAILURES, _REST = 4, 1 / 32, 3, 100
 After so many batches in a row in which it did not serve, it rests for so many."""
 
 
+@dataclass
 class BatchTopK:
     """The B·k largest positive pre-activations of a whole batch (Bussmann et al. 2024, arXiv 2412.06410).
 
-    A running floor a little below the last cut leaves few more candidates than B·k, and the exact top-k runs on those
-    alone; where the floor left too few, one is taken from a sample of tokens, and at last it is 0. The set is the
-    exact one either way. How far below follows how much the cut moves from batch to batch.
+    A running floor slightly below the last cut leaves few more candidates than B·k, and the exact top-k runs on those
+    alone. Where the floor left too few, one is taken from a sample of tokens, and at last it is 0. The set is the exact
+    one in every case. How far below the cut the floor lies follows how much the cut moves from batch to batch.
     """
 
-    def __init__(self) -> None:
-        self.cut: float | None = None
-        """The smallest value that the last batch kept."""
-        self.move = _LARGEST_SLACK
-        """Moving average of the cut's relative change between batches."""
-        self.failures = self.rest = 0
-        """Batches in a row for which the coarse product did not serve, and those for which none is tried."""
+    cut: float | None = None
+    """The smallest value that the last batch kept."""
+    move: float = _LARGEST_SLACK
+    """Moving average of the cut's relative change between batches."""
+    failures: int = 0
+    """Consecutive batches for which the int8 product was of no use."""
+    rest: int = 0
+    """Batches left for which no int8 product is tried."""
 
     @torch.no_grad()
     def select(self, product_BF: Tensor, bias_F: Tensor, k: int) -> Support:

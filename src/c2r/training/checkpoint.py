@@ -25,7 +25,7 @@ from c2r.config.run import TrainConfig
 from c2r.storage import cannot_write, discard, hidden, sync
 
 CHECKPOINTS, TENSORS, STATE = "checkpoints", "tensors.safetensors", "state.json"
-FORMAT = 3
+FORMAT = 4
 _STEP = re.compile(r"step_(\d{8,})")
 _SECONDS, _SHARE = 60.0, 0.05
 _MARK = "__tensor__"

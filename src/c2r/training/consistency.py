@@ -12,9 +12,11 @@ from torch import Tensor
 
 from c2r.config.saes import SAEConfig
 from c2r.kernels.codes import Acts, norms
+from c2r.losses import Encoded
 from c2r.neighbors import Neighbors, random_floor
 from c2r.penalty import lambda_of_strength, pair_weights, penalty_from_norms
-from c2r.training.optim import ramp
+from c2r.schedules import ramp
+from c2r.step import Step
 
 
 def margin_of(config: SAEConfig, d_in: int) -> float:
@@ -52,6 +54,14 @@ class Consistency:
         """Whether this step has the term: every `every`-th from `start` on."""
         since = step - self.config.start
         return since >= 0 and since % self.config.every == 0
+
+    def __call__(self, step: Step[SAEConfig], encoded: Encoded) -> Tensor:
+        """λ·C²R of the activations that the method shows it; 0 in the steps that leave it out."""
+        if self.applies(step.number):
+            return self.term(encoded.penalised, step.sae.W_dec, step.neighbors(), len(step.x_BD), step.number)
+        if step.number >= self.config.start and self.config.neighbors == "lagged":
+            step.neighbors()  # the table ages with the decoder, whether a step has the term or not
+        return step.sae.W_dec.new_zeros(())
 
     def lam(self, batch: int, width: int, step: int) -> float:
         """λ of this step in the paper's units, multiplied by `every` to make up for the steps between."""

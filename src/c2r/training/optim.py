@@ -1,4 +1,4 @@
-"""Schedules, initialisation and the constraint on decoder rows, as the published trainers have them.
+"""Adam, initialisation and the constraint on decoder rows, as in the published trainers.
 
 B tokens in a batch · D width of the activations · F latents.
 """
@@ -10,33 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from c2r.config.run import TrainConfig
 from c2r.sae.model import SAE
 
 FAINT = 0.01
 """Norm of the encoder's row of a latent that is started afresh within an SAE that exists."""
 _ROWS, _ROWS_ON_A_GPU = 1024, 8192
 """Rows of a pass over F×D that stay in a CPU's cache between its operations; on a GPU each piece is launches."""
-
-
-def warmup_steps(train: TrainConfig) -> int:
-    """Steps of linear warm-up: as configured, else 1000, else a twentieth of a short run."""
-    return min(1000, train.steps // 20) if train.warmup_steps is None else train.warmup_steps
-
-
-def ramp(step: int, steps: int) -> float:
-    """From 0 at step 0 to 1 at step `steps`, linearly."""
-    return min(step / steps, 1.0) if steps else 1.0
-
-
-def learning_rate_factor(step: int, train: TrainConfig) -> float:
-    """Linear warm-up from 0, constant, linear decay to 0; `step` counts from 0."""
-    warmup, decay = warmup_steps(train), int(train.decay_from * train.steps)
-    if step < warmup:
-        return step / warmup
-    if step >= decay and decay < train.steps:
-        return (train.steps - step) / (train.steps - decay)
-    return 1.0
 
 
 def random_unit_rows(width: int, d_in: int, seed: int) -> Tensor:

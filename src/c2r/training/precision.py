@@ -11,7 +11,7 @@ from c2r.config.saes import SAEConfig
 from c2r.kernels.above import GROUP
 from c2r.kernels.int8 import coarse_works
 from c2r.machine import cpu_features, int8_pays, quick_dtype
-from c2r.methods import RECIPES, encode_batch_top_k
+from c2r.methods import METHODS, KeptPerBatch
 
 
 class Precision(NamedTuple):
@@ -39,12 +39,12 @@ def choose_precision(config: SAEConfig, train: TrainConfig, device: torch.device
     """
     given = train.precision
     product = quick_dtype(device) if given == "auto" else getattr(torch, given)
-    if RECIPES[config.method].encode is not encode_batch_top_k or train.selection == "product":
+    if METHODS[config.method].memory is not KeptPerBatch or train.selection == "product":
         return Precision(product, False)
     if train.selection == "int8":
         check_selection(train, device)
         return Precision(product, True)
-    k: int = getattr(config, "k")  # noqa: B009  (all of that encoder have it)
+    k: int = getattr(config, "k")  # noqa: B009  (all that select by batch have it)
     pays = given == "auto" and int8_obstacle(train, device) is None and int8_pays(cpu_features(), config.width, k)
     return Precision(product, pays and coarse_works())
 
@@ -76,7 +76,7 @@ def int8_obstacle(train: TrainConfig, device: torch.device) -> str | None:
 
 def restored(state: dict[str, Any], device: torch.device) -> Precision:
     """What the run began with, by its checkpoint, as far as this machine can continue it."""
-    int8 = bool(state.get("coarse", False)) and device.type == "cpu" and coarse_works()
+    int8 = state["int8"] and device.type == "cpu" and coarse_works()
     return Precision(getattr(torch, state["product"]), int8)
 
 
@@ -92,7 +92,7 @@ def precision_lines(now: dict[str, Precision], began: dict[str, dict[str, Any]])
         text = f"encoder product in {precision.record['precision']}"
         saes.setdefault(text + ", candidates by int8" * precision.int8, []).append(name)
     lines = [text if len(saes) == 1 else f"{text}: {', '.join(group)}" for text, group in saes.items()]
-    lost = [name for name, state in began.items() if state.get("coarse", False) and not now[name].int8]
+    lost = [name for name, state in began.items() if state["int8"] and not now[name].int8]
     if lost:
         lines.append(
             f"{', '.join(lost)}: began with candidates by int8, which this machine does not have; from here on the "

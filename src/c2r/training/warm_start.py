@@ -9,9 +9,8 @@ from rich.markup import escape
 from c2r.config.run import RunConfig
 from c2r.config.saes import SAEConfig
 from c2r.interop.saelens import load_sae
-from c2r.methods import RECIPES
-from c2r.sae.model import SAE, Extra, row_norms
-from c2r.training.run import rescaled
+from c2r.methods import METHODS
+from c2r.sae.model import SAE, Extra, rescaled, row_norms
 
 _SPREAD = 1.01
 """Largest ratio of decoder norms at which a choice by pre-activations counts as one at unit norm."""
@@ -29,14 +28,14 @@ def check_start(config: SAEConfig, run: RunConfig | None = None, console: Consol
     """
     if config.init is None:
         return None
-    where, recipe = f"saes.{config.name}.init", RECIPES[config.method]
+    where, row = f"saes.{config.name}.init", METHODS[config.method]
     try:
         sae = load_sae(config.init)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if sae.width != config.width:
         raise ValueError(f"{where}: {config.init} has {sae.width} latents; width is {config.width}")
-    gated = recipe.trained_as == "gated"
+    gated = row.trained_as == "gated"
     if gated != (sae.architecture == "gated"):
         raise ValueError(
             f"{where}: {config.init} is {sae.architecture!r}, which method {config.method!r} cannot start from; "
@@ -44,7 +43,7 @@ def check_start(config: SAEConfig, run: RunConfig | None = None, console: Consol
         )
     norm_F = row_norms(sae.W_dec)
     short, long = (f(norm_F[norm_F > 0]).item() if bool((norm_F > 0).any()) else 1.0 for f in (torch.min, torch.max))
-    if sae.architecture == recipe.architecture and sae.k is not None and long > _SPREAD * short:
+    if sae.architecture == row.architecture and sae.k is not None and long > _SPREAD * short:
         raise ValueError(
             f"{where}: {config.init} chooses its k latents by pre-activations, with decoder rows of norm {short:.3g} "
             f"to {long:.3g}. Method {config.method!r} holds the rows at norm 1, where the choice would be another; "
@@ -58,7 +57,7 @@ def check_start(config: SAEConfig, run: RunConfig | None = None, console: Consol
 
 def _changes(sae: SAE, config: SAEConfig) -> list[str]:
     """What training changes in an SAE before its first step, in sentences."""
-    if not RECIPES[config.method].unit_rows:
+    if not METHODS[config.method].unit_rows:
         return []
     norm_F = row_norms(sae.W_dec)
     empty = (norm_F < 1e-30).nonzero().flatten().tolist()
@@ -100,15 +99,15 @@ def starting_weights(sae: SAE, config: SAEConfig, scale: float) -> SAE:
     A decoder bias that the one subtracts and the other does not is moved into the encoder's. A threshold or k is
     dropped where the method learns its own.
     """
-    recipe = RECIPES[config.method]
-    b_enc_F = sae.b_enc + sae.W_enc @ sae.b_dec * (int(recipe.subtract_b_dec) - int(sae.subtract_b_dec))
+    row = METHODS[config.method]
+    b_enc_F = sae.b_enc + sae.W_enc @ sae.b_dec * (int(row.subtract_b_dec) - int(sae.subtract_b_dec))
     extra = Extra()
-    if recipe.trained_as == "jumprelu":
+    if row.trained_as == "jumprelu":
         extra = Extra(threshold=torch.zeros_like(b_enc_F) if sae.threshold is None else sae.threshold)
-    elif recipe.trained_as == "gated":
+    elif row.trained_as == "gated":
         extra = Extra(r_mag=sae.r_mag, b_mag=sae.b_mag)
     plain = SAE(
-        sae.W_enc, b_enc_F, sae.W_dec, sae.b_dec, architecture=recipe.trained_as, extra=extra,
-        subtract_b_dec=recipe.subtract_b_dec,
+        sae.W_enc, b_enc_F, sae.W_dec, sae.b_dec, architecture=row.trained_as, extra=extra,
+        subtract_b_dec=row.subtract_b_dec,
     )  # fmt: skip
-    return rescaled(plain, scale, recipe.trained_as, extra)
+    return rescaled(plain, scale, row.trained_as, extra)

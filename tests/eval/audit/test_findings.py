@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from c2r.eval.audit.evaluation import findings as module
+from c2r.eval.audit import findings as module
 from c2r.eval.audit.findings import Finding, count_close_pairs, findings, look
 from c2r.sae.model import SAE, Architecture, Extra
 

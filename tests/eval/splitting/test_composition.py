@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from c2r.eval.splitting import composition as module
 from c2r.eval.splitting.composition import composition, random_composition
-from c2r.eval.splitting.evaluation import composition as module
 from c2r.neighbors import unit_rows
 from c2r.sae.selection import BatchTopK
 
