@@ -297,7 +297,7 @@ def main() -> None:
         spent: dict[str, float] = {}
         for share in (1, 4):
             began = time.perf_counter()
-            part = collect(bench, words, settings.model_copy(update={"share": share}), 0)
+            part = collect(bench, words, settings.model_copy(update={"words_per_prompt": share}), 0)
             spent[f"activations and probe, {share} words a draw"] = time.perf_counter() - began
         began = time.perf_counter()
         absorption(part.data, sae, LETTERS, probe=part.probe)

@@ -80,7 +80,7 @@ def bytes_alone(folder: Path) -> int:
 
 
 def shuffled(folder: Path, batch: int, window: int, tokens: int) -> int:
-    config = StreamConfig(buffer_tokens=window)
+    config = StreamConfig(window_tokens=window)
     stream = ActivationStream(CacheReader(folder, [POINT]), config, tokens=tokens)
     done = 0
     for x in stream.batches(batch, tokens):
@@ -124,7 +124,7 @@ def live_rates(args: argparse.Namespace) -> dict[str, float]:
     from importlib.resources import files
 
     keep_freed_memory()
-    overrides = (f"stream.buffer_tokens={args.window}", "train.batch=2048", "train.tokens=100000000")
+    overrides = (f"stream.window_tokens={args.window}", "train.batch=2048", "train.tokens=100000000")
     config = load_config(Path(str(files("c2r") / "assets" / "demo.yaml")), overrides)
     lm = load_language_model(ModelConfig())
     reader = live_reader(config, lm)

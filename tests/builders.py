@@ -78,7 +78,7 @@ def run_config(output: Path, language_model: Path | str, corpus: Path, **changes
         "output": str(output),
         "model": {"name": str(language_model), "layer": 1},
         "data": {"source": "files", "path": str(corpus), "context": 16},
-        "stream": {"buffer_tokens": 512, "rows": 8, "max_norm_multiple": None, "text_tokens": 1024},
+        "stream": {"window_tokens": 512, "model_rows": 8, "max_norm_multiple": None, "text_window_tokens": 1024},
         "train": {"tokens": 2560, "batch": 128, "lr": 1e-3, "precision": "float32", "device": "cpu"},
         "saes": [
             {"name": "baseline", "width": 32, "k": 4},
@@ -86,7 +86,7 @@ def run_config(output: Path, language_model: Path | str, corpus: Path, **changes
         ],
     }
     if "stream" in changes:
-        changes["stream"] = {"text_tokens": 1024} | changes["stream"]
+        changes["stream"] = {"text_window_tokens": 1024} | changes["stream"]
     return parse_config(raw | changes, "test")
 
 

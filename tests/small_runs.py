@@ -83,7 +83,7 @@ SAES = [
 def cached_run(folder: Path, language_model: Path, corpus: Path, **changes: Any) -> RunConfig:
     changed = {
         "saes": SAES,
-        "stream": {"buffer_tokens": 512, "rows": 8, "max_norm_multiple": 1.5},
+        "stream": {"window_tokens": 512, "model_rows": 8, "max_norm_multiple": 1.5},
         "cache": {"path": str(folder / "acts"), "shard_tokens": 600},
     } | changes
     return run_config(folder / "run", language_model, corpus, **changed)

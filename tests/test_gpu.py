@@ -20,12 +20,12 @@ from c2r.neighbors import nearest_neighbors
 from c2r.training.run import Run
 from c2r.training.signals import Stopped
 from c2r.training.trainer import train
-from small_runs import FREE_K, METHODS, SCALE, TREE, configured, plain, random_case, signalled
+from small_runs import FREE_K, SCALE, TREE, configured, plain, random_case, signalled
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(SECTIONS))
 def test_a_gpu_trains_as_a_cpu_does(method: str) -> None:
     losses = {}
     for device in ("cpu", "cuda"):

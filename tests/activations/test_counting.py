@@ -77,7 +77,7 @@ def test_a_run_records_the_largest_norm(tmp_path: Path, tiny_models: dict[str, P
     from c2r.training.trainer import train
 
     for multiple in (1.2, None):
-        stream = {"buffer_tokens": 256, "rows": 8, "max_norm_multiple": multiple}
+        stream = {"window_tokens": 256, "model_rows": 8, "max_norm_multiple": multiple}
         output = tmp_path / str(multiple)
         config = run_config(output, tiny_models["llama"], corpus, stream=stream,
                             train={"tokens": 256, "batch": 128, "device": "cpu", "precision": "float32"})  # fmt: skip

@@ -67,7 +67,7 @@ def numbers(stream: ActivationStream, batch: int, tokens: int) -> list[list[int]
 
 
 def plain(window: int, **changes: Any) -> StreamConfig:
-    return StreamConfig.model_validate({"buffer_tokens": window, "max_norm_multiple": None} | changes)
+    return StreamConfig.model_validate({"window_tokens": window, "max_norm_multiple": None} | changes)
 
 
 @pytest.mark.parametrize(("window", "batch"), [(64, 32), (64, 7), (300, 50), (64, 64), (64, 150), (5000, 100)])
@@ -89,7 +89,11 @@ def test_a_window_is_shuffled_over_its_whole_size() -> None:
 
 def test_seed_and_window_decide_the_shuffle_and_ahead_does_not() -> None:
     first, same, other = (
-        [t for b in numbers(ActivationStream(Numbers(1000), plain(200, ahead_tokens=a), seed=s), 100, 1000) for t in b]
+        [
+            t
+            for b in numbers(ActivationStream(Numbers(1000), plain(200, prefetch_tokens=a), seed=s), 100, 1000)
+            for t in b
+        ]
         for s, a in ((0, 1), (0, 500), (1, 1))
     )
     assert first == same
@@ -103,18 +107,18 @@ def test_the_stream_stops_at_the_tokens_asked_for() -> None:
 
 def test_the_last_window_ends_with_the_run() -> None:
     reader = Numbers(10**6)
-    stream = ActivationStream(reader, plain(100, ahead_tokens=1), tokens=250)
+    stream = ActivationStream(reader, plain(100, prefetch_tokens=1), tokens=250)
     served = [t for b in numbers(stream, 40, 250) for t in b]
     assert sorted(served) == list(range(250))
     assert max(reader.made) < 350  # and the reader stops with it
 
 
 def test_outliers_at_one_hook_are_dropped_at_all_and_the_rest_has_unit_mean_square() -> None:
-    stream = ActivationStream(Numbers(1000, outliers=(3, 500)), StreamConfig(buffer_tokens=2000))
+    stream = ActivationStream(Numbers(1000, outliers=(3, 500)), StreamConfig(window_tokens=2000))
     x = list(stream.batches(100, 10_000))
     for point in (POINT, OTHER):
         assert torch.cat([b[point] for b in x]).square().sum(1).mean().item() == pytest.approx(1, rel=1e-5)
-    stream = ActivationStream(Numbers(1000, outliers=(3, 500)), StreamConfig(buffer_tokens=2000))
+    stream = ActivationStream(Numbers(1000, outliers=(3, 500)), StreamConfig(window_tokens=2000))
     served = [t for b in numbers(stream, 100, 10_000) for t in b]
     assert sorted(served) == [i for i in range(1000) if i not in (3, 500)]
     assert stream.dropped == 2
@@ -126,7 +130,7 @@ def test_a_search_among_outliers_alone_ends(monkeypatch: pytest.MonkeyPatch) -> 
     """The model was replaced, and all that it emits is beyond what the first tokens had: reading would never end."""
     for module in (reader, windows):
         monkeypatch.setattr(module, "CALIBRATION_TOKENS", 500)
-    small = StreamConfig(buffer_tokens=200, max_norm_multiple=2)
+    small = StreamConfig(window_tokens=200, max_norm_multiple=2)
     stream = ActivationStream(Numbers(10**7), small)
     state = stream.state_dict() | {
         "median_norm": {POINT.name: 1e-3, OTHER.name: 1e-3}, "scale": {POINT.name: 1.0, OTHER.name: 1.0},
@@ -153,7 +157,7 @@ def test_text_without_tokens_is_named() -> None:
 @pytest.mark.parametrize("window", [64, 90, 1000])
 def test_resumed_equals_uninterrupted_at_every_batch(window: int) -> None:
     """Across windows, through outliers, and over the end of the text."""
-    config = StreamConfig(buffer_tokens=window)
+    config = StreamConfig(window_tokens=window)
 
     def fresh() -> ActivationStream:
         return ActivationStream(Numbers(400, outliers=(5, 70, 71, 200)), config, tokens=396, seed=3)
@@ -234,7 +238,7 @@ def test_the_reader_runs_ahead_and_no_further_than_the_bound() -> None:
 
 
 def test_a_part_larger_than_the_bound_passes() -> None:
-    batches = numbers(ActivationStream(Numbers(100), plain(64, ahead_tokens=1)), 10, 100)
+    batches = numbers(ActivationStream(Numbers(100), plain(64, prefetch_tokens=1)), 10, 100)
     assert sorted(token for b in batches for token in b) == list(range(100))
 
 

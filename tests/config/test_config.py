@@ -12,8 +12,8 @@ GOOD = """
 output: runs/x
 seed: 0
 model:  {name: embedded, layer: 0, hook: resid_post, dtype: float32}
-data:   {source: stdlib, words: 0.2, context: 128}
-stream: {buffer_tokens: 131072, max_norm_multiple: 10}
+data:   {source: stdlib, spelling_fraction: 0.2, context: 128}
+stream: {window_tokens: 131072, max_norm_multiple: 10}
 train:  {tokens: 2_000_000, batch: 2048, lr: 1e-3, precision: bfloat16}
 saes:
   - {name: baseline, method: batch_top_k, width: 4096, k: 32}
@@ -69,10 +69,10 @@ def test_overrides(tmp_path: Path) -> None:
         ("model.hook=resid", r"model\.hook: .*'resid_pre'.*\(got 'resid'\)"),
         ("data.source=files", r"data: path: nothing given; source 'files' needs one"),
         ("data.path=x", r"source 'stdlib' takes none"),
-        ("data.words=1.5", r"data\.words"),
+        ("data.spelling_fraction=1.5", r"data\.spelling_fraction"),
         ("train.batch=0", r"train\.batch"),
         ("train.tokens=lots", r"train\.tokens: .*\(got 'lots'\)"),
-        ("stream.buffer_tokens=10", r"stream\.buffer_tokens: got 10, less than train\.batch 2048"),
+        ("stream.window_tokens=10", r"stream\.window_tokens: got 10, less than train\.batch 2048"),
         ("saes.0.threshold_start=2000", "the inference threshold would never be learnt"),
         ("sead=1", r"sead: unknown key; accepted are output, seed, .*did you mean 'seed'"),
         ("saes=[]", r"saes: .*at least 1"),

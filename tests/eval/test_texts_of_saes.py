@@ -38,7 +38,7 @@ def in_any_order(configs: list[dict[str, Any]], changes: dict[str, Any]) -> Data
         (ours(path="b.txt"), "path 'a.txt' and 'b.txt'"),
         (ours(context=16), "context 32 and 16"),
         (ours(drop_tokens=[7]), r"drop_tokens \[\] and \[7\]"),
-        (ours(words=0.1), r"words 0\.0 and 0\.1"),
+        (ours(spelling_fraction=0.1), r"spelling_fraction 0\.0 and 0\.1"),
         (ours(bos=False), "prepend_bos True and False"),
         (theirs(context=64), "context 32 and 64"),
         (theirs(bos=False), "prepend_bos True and False"),
@@ -67,8 +67,8 @@ def test_a_text_that_is_named_is_every_ones() -> None:
 
 
 def test_another_text_keeps_how_rows_are_read_and_which_tokens_count() -> None:
-    found = data_of(ours(drop_tokens=[7], words=0.5), {"source": "files", "path": "c.txt"})
-    assert (found.context, found.drop_tokens, found.words, found.path) == (32, [7], 0.0, "c.txt")
+    found = data_of(ours(drop_tokens=[7], spelling_fraction=0.5), {"source": "files", "path": "c.txt"})
+    assert (found.context, found.drop_tokens, found.spelling_fraction, found.path) == (32, [7], 0.0, "c.txt")
 
 
 def test_evaluating_refuses_before_any_work(tiny_run: dict[str, Path], tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_epochs_repeat_the_text_in_another_order(tmp_path: Path) -> None:
 def test_share_of_spelling_lists() -> None:
     tokenizer = load_language_model(ModelConfig()).tokenizer
     share = 0.3
-    config = DataConfig(source="stdlib", words=share, context=128)
+    config = DataConfig(source="stdlib", spelling_fraction=share, context=128)
     rows = packed_rows(config, tokenizer, rows=400)
     text = tokenizer.decode(next(rows).ids.flatten())
     words = set(vocabulary_words(tokenizer))
@@ -126,7 +126,7 @@ def test_text_of_special_tokens_alone_does_not_go_on_for_ever(tmp_path: Path) ->
 
 def test_evaluation_reads_other_files_and_lists_than_training() -> None:
     tokenizer = load_language_model(ModelConfig()).tokenizer
-    config = DataConfig(source="stdlib", words=0.5, context=64)
+    config = DataConfig(source="stdlib", spelling_fraction=0.5, context=64)
     parts = [next(packed_rows(config, tokenizer, rows=300, held_out=h)) for h in (False, True)]
     trained, held_out = (set(map(tuple, part.ids[:, 1:].tolist())) for part in parts)
     assert not trained & held_out

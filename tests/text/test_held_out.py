@@ -176,7 +176,7 @@ def test_evaluations_read_the_part_and_record_it(tiny_models: dict[str, Path], t
 
 def test_evaluation_draws_other_spelling_lists_than_training() -> None:
     tokenizer = planted_tokenizer(bos=False)
-    config = DataConfig(source="stdlib", words=0.9, context=64)
+    config = DataConfig(source="stdlib", spelling_fraction=0.9, context=64)
     lists = []
     for held_out in (False, True):
         rows = itertools.islice(packed_rows(config, tokenizer, rows=32, held_out=held_out), 12)

@@ -175,7 +175,7 @@ def test_plain_lines_are_skipped_unread(folder: Path, monkeypatch: pytest.Monkey
 
 
 def test_spelling_lists_go_on_too(folder: Path) -> None:
-    config, tokenizer = config_of("jsonl", folder, words=0.4), planted_tokenizer()
+    config, tokenizer = config_of("jsonl", folder, spelling_fraction=0.4), planted_tokenizer()
     whole = list(packed_rows(config, tokenizer, rows=3, epochs=3))
     listed = 3 * (real_words(whole).total() - 3 * ALL.total())  # lists of break, word and letter, words spelt in some
     assert listed / (listed + 3 * (ALL.total() + 60)) == pytest.approx(0.4, abs=0.06)
@@ -293,7 +293,7 @@ def test_a_position_in_other_text_is_refused(folder: Path, tmp_path: Path) -> No
 def test_rows_do_not_depend_on_workers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(c2r.text.tokenizing, "_DOCUMENTS", 7)
     tokenizer = planted_tokenizer()
-    config = mixture(folder, "jsonl", "parquet of chats", words=0.2)
+    config = mixture(folder, "jsonl", "parquet of chats", spelling_fraction=0.2)
     alone = list(packed_rows(config, tokenizer, rows=4, seed=1))
     together = config.model_copy(update={"workers": 2})
     assert len(alone) > 30
@@ -317,7 +317,7 @@ def test_workers_report_faults_after_the_rows_before_them(tmp_path: Path) -> Non
 READING = """
 import itertools, multiprocessing, time
 import numpy as np
-from c2r.data import encode
+from c2r.text import tokenizing as encode
 from c2r.text.document import Document
 
 def length(document):

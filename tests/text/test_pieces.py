@@ -232,7 +232,7 @@ def write_long(folder: Path, files: int = 3) -> list[str]:
     return [text.replace("\r\n", "\n") for text in texts if text.strip()]
 
 
-@pytest.mark.parametrize("changes", [{}, {"shuffle_documents": 2}, {"words": 0.0, "context": 23}])
+@pytest.mark.parametrize("changes", [{}, {"shuffle_documents": 2}, {"spelling_fraction": 0.0, "context": 23}])
 def test_rows_of_long_files_are_those_of_whole_documents_and_resume(
     changes: dict[str, Any], tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,7 +183,7 @@ def model_with_a_hole(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
 def test_a_model_that_emits_nan_stops_the_run_with_the_part_kept(model_with_a_hole: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some words in a row, and then " * 60 + "#" + " more of them" * 400)
-    small = {"buffer_tokens": 256, "rows": 8, "max_norm_multiple": None}
+    small = {"window_tokens": 256, "model_rows": 8, "max_norm_multiple": None}
     config = every(run_config(tmp_path / "run", model_with_a_hole, text, stream=small), 2)
     with pytest.raises(
         ValueError, match=r"blocks\.1\.hook_resid_post are not finite .* \(at step (\d+); they are in"
@@ -228,7 +228,7 @@ def test_a_source_that_breaks_once_is_gone_on_with(
                 raise ConnectionError("the line is dead")
             yield rows
 
-    small = {"buffer_tokens": 256, "rows": 8, "max_norm_multiple": None}
+    small = {"window_tokens": 256, "model_rows": 8, "max_norm_multiple": None}
     config = run_config(tmp_path / "run", tiny_models["llama"], corpus, stream=small)
     monkeypatch.setattr(reader, "packed_rows", breaking)
     with pytest.raises(ConnectionError, match="the line is dead"):

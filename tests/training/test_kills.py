@@ -72,7 +72,7 @@ def test_many_kills(kind: str, tiny_models: dict[str, Path], corpus: Path, tmp_p
     section = {"tokens": steps * 64, "batch": 64, "lr": 1e-3, "device": "cpu", "checkpoint_every": 3}
     config = known_run(tmp_path / "run", train=section)
     if kind != "known":
-        changes = {"train": section, "stream": {"buffer_tokens": 512, "rows": 8, "max_norm_multiple": 10}}
+        changes = {"train": section, "stream": {"window_tokens": 512, "model_rows": 8, "max_norm_multiple": 10}}
         config = run_config(tmp_path / "run", tiny_models["llama"], corpus, **changes)
     path, output, log = tmp_path / "run.yaml", config.output, tmp_path / "log"
     if kind == "cached":

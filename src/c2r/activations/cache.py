@@ -127,7 +127,7 @@ def origin_of(config: RunConfig) -> dict[str, Any]:
         },
         "data": config.data.model_dump(mode="json", exclude={"workers"}),
         "seed": config.seed,
-        "stream": {"rows": config.stream.rows, "text_tokens": config.stream.text_tokens},
+        "stream": {"model_rows": config.stream.model_rows, "text_window_tokens": config.stream.text_window_tokens},
         "cache": {"dtype": dtype or ("bfloat16" if model.dtype == "bfloat16" else "float32")},
     }
 

@@ -211,7 +211,7 @@ def _measured(
     config: RunConfig, manifest: dict[str, Any], reader: LiveReader, parts: Iterator[Part], target: int
 ) -> list[Part]:
     """Enter into the manifest what a stream measures on its first tokens; returns the parts that were read for it."""
-    wanted, first = min(CALIBRATION_TOKENS, config.stream.buffer_tokens, target), []
+    wanted, first = min(CALIBRATION_TOKENS, config.stream.window_tokens, target), []
     while sum(map(len, first)) < wanted and (part := next(parts, None)) is not None:
         first.append(part)
     for name, values in measure(first, wanted, config.stream, reader.decode)._asdict().items():

@@ -136,14 +136,14 @@ def live_reader(config: RunConfig, lm: LanguageModel, dtype: torch.dtype | None 
         except ValueError as error:
             raise ValueError(f"saes.{sae.name}: {error}") from error
     lm.check_data(data, config.model.name)
-    settings: dict[str, Any] = {"seed": config.seed, "rows": config.stream.rows}
+    settings: dict[str, Any] = {"seed": config.seed, "rows": config.stream.model_rows}
     skipped = Skipped()
     more: dict[str, Any] = {"epochs": None, "skipped": skipped, "embeddings": lm.embeddings}
 
     def in_order(start: Any) -> Iterator[Rows]:
         return packed_rows(data, lm.tokenizer, **settings, **more, start=start)
 
-    shuffled = shuffled_rows(in_order, config.stream.text_tokens, **settings)
+    shuffled = shuffled_rows(in_order, config.stream.text_window_tokens, **settings)
     return LiveReader(lm, config.points, shuffled, dtype, skipped)
 
 

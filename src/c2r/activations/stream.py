@@ -27,7 +27,7 @@ class ActivationStream:
 
     Two numbers a hook point are measured once, on the first tokens (which are not lost): the median norm, beyond whose
     `max_norm_multiple`-fold a token is dropped (for all hook points), and `scale` = √(mean ‖x‖²), by which all are
-    divided. What stays is cut into windows of `buffer_tokens`, each permuted by a generator of its own. So the state
+    divided. What stays is cut into windows of `window_tokens`, each permuted by a generator of its own. So the state
     is where a window begins in the text and how much of it was served, and no activations.
 
     The reader runs ahead in a thread, and another gathers the next batch. In memory are one window, what is read ahead

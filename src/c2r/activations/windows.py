@@ -150,7 +150,7 @@ class Windows:
             yield Prepared({point: _gathered(picked, point, pinned=self.pinned) for point in picked[0][0]}, state)
 
     def _size_of(self, number: int) -> int:
-        size = self.config.buffer_tokens
+        size = self.config.window_tokens
         return size if self.tokens is None else max(0, min(size, self.tokens - number * size))
 
     def _turn(self) -> bool:
@@ -193,7 +193,7 @@ class Windows:
 
     def _ahead(self) -> Ahead[Part]:
         if self.reading is None:
-            bound = self.config.ahead_tokens or self.config.buffer_tokens
+            bound = self.config.prefetch_tokens or self.config.window_tokens
             reading = Ahead(partial(self.reader.read, self.begun["position"]), bound, start=False)
             self.reading = reading  # before its thread runs, so that `stop` finds it
             weakref.finalize(self, reading.stop)

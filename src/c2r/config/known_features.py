@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from c2r.config.base import Frozen, NotNegative, Positive, Share
+from c2r.config.faults import faults
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -140,14 +141,8 @@ def preset(name: str, **parameters: Any) -> SyntheticConfig:
     try:
         return of_preset({"source": "synthetic", "preset": name, **parameters})
     except ValidationError as error:
-        accepted = ", ".join(PRESETS[name].model_fields)
-        faults = [
-            f"{'.'.join(map(str, fault['loc']))}: "
-            + (f"unknown; accepted are {accepted}" if fault["type"] == "extra_forbidden" else fault["msg"])
-            + ("" if fault["type"] == "value_error" else f" (got {fault['input']!r})")
-            for fault in error.errors()
-        ]
-        raise ValueError(f"preset {name}: " + "; ".join(faults)) from None
+        said = faults(error, lambda _: list(PRESETS[name].model_fields))
+        raise ValueError(f"preset {name}: " + "; ".join(said)) from None
 
 
 def of_preset(section: dict[str, Any]) -> SyntheticConfig:

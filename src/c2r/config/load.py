@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from c2r.config.base import Frozen, at_home
+from c2r.config.faults import Location, faults
 from c2r.config.known_features import PRESETS
 from c2r.config.run import CacheConfig, ModelConfig, RunConfig, StreamConfig, TrackingConfig, TrainConfig, WandbConfig
 from c2r.config.saes import SECTIONS, ConsistencyConfig, SAEConfig
@@ -48,27 +48,11 @@ def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        lines = [_fault(fault, raw) for fault in error.errors()]
+        lines = faults(error, lambda location: _fields_at(location, raw))
         raise ValueError(f"{where}: {len(lines)} fault(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
-def _fault(fault: Any, raw: dict[str, Any]) -> str:
-    location = fault["loc"]
-    field = ".".join(map(str, location)) or "configuration"
-    if fault["type"] == "extra_forbidden":
-        accepted = _fields_at(location[:-1], raw)
-        near = difflib.get_close_matches(str(location[-1]), accepted, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{field}: unknown key; accepted are {', '.join(accepted)}{hint}"
-    message = fault["msg"].removeprefix("Value error, ")
-    hint = ""
-    if fault["type"] == "string_type" and isinstance(fault["input"], int | float):
-        hint = "; text that looks like a number, true or false stands in quotes"
-    shown = "" if fault["type"] in ("value_error", "missing") else f" (got {fault['input']!r}{hint})"
-    return f"{field}: {message}{shown}"
-
-
-def _fields_at(location: tuple[int | str, ...], raw: dict[str, Any]) -> list[str]:
+def _fields_at(location: Location, raw: dict[str, Any]) -> list[str]:
     sections: dict[Any, type[Frozen]] = {
         "model": ModelConfig,
         "data": DataConfig,

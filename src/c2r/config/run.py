@@ -57,15 +57,15 @@ AnyData = Annotated[SerializeAsAny[DataConfig | SyntheticConfig], BeforeValidato
 class StreamConfig(Frozen):
     """How activations are filtered, scaled and shuffled on their way to the SAEs."""
 
-    buffer_tokens: Positive = 131_072
+    window_tokens: Positive = 131_072
     """Activations of a window; the text is cut into windows and each is shuffled. One is held in memory."""
-    ahead_tokens: Positive | None = None
+    prefetch_tokens: Positive | None = None
     """Activations that the language model may be ahead of the window; null: as many as a window has."""
-    text_tokens: Annotated[int, Field(ge=0)] = 1_048_576
+    text_window_tokens: Annotated[int, Field(ge=0)] = 1_048_576
     """Tokens of a window of text, whose rows are shuffled before the model reads them; 0 leaves them in order."""
     max_norm_multiple: Annotated[float, Field(gt=1)] | None = 10.0
     """Tokens whose norm exceeds this many median norms are dropped; null keeps all."""
-    rows: Positive = 32
+    model_rows: Positive = 32
     """Rows of `data.context` tokens a forward pass of the language model."""
 
 
@@ -159,9 +159,9 @@ class RunConfig(Frozen):
         unused = sorted({"cache", "model", "stream"} & self.model_fields_set)
         if unused and isinstance(self.data, SyntheticConfig):
             raise ValueError(f"{unused[0]}: given, but source 'synthetic' makes its activations without; leave it out")
-        if not isinstance(self.data, SyntheticConfig) and self.stream.buffer_tokens < self.train.batch:
+        if not isinstance(self.data, SyntheticConfig) and self.stream.window_tokens < self.train.batch:
             raise ValueError(
-                f"stream.buffer_tokens: got {self.stream.buffer_tokens}, less than train.batch {self.train.batch}"
+                f"stream.window_tokens: got {self.stream.window_tokens}, less than train.batch {self.train.batch}"
             )
         for sae in self.saes:
             if isinstance(self.data, SyntheticConfig) and (sae.layer is not None or sae.hook is not None):

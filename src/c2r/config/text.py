@@ -118,7 +118,7 @@ class DataConfig(TextSource):
 
     parts: list[MixturePart] = Field(default_factory=list)
     """mixture: two sources or more, each with a `weight`."""
-    words: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    spelling_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of tokens that come from spelling lists, made of the tokenizer's own words."""
     context: Annotated[int, Field(ge=2)] = 128
     """Tokens of a row that the model reads at once."""
@@ -143,7 +143,7 @@ class DataConfig(TextSource):
             without = [section for section, source in self.sections.items() if source.tokens_field is None]
             if without:
                 raise ValueError(f"rows: got 'as_is', which needs tokens_field; {', '.join(without)} has none")
-            for key in ("words", "prepend_bos"):
+            for key in ("spelling_fraction", "prepend_bos"):
                 if getattr(self, key):
                     raise ValueError(f"{key}: got {getattr(self, key)!r}, but rows: as_is adds nothing to the records")
         return self

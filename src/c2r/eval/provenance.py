@@ -10,8 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from pydantic import ValidationError
-
+from c2r.config.faults import checked_section
 from c2r.config.hooks import Hook
 from c2r.config.run import ModelConfig
 from c2r.config.text import DataConfig, text_to_evaluate
@@ -128,7 +127,7 @@ def model_of(
     if name is not None:
         given = given | {"name": name, "revision": None}
     where = "cfg.json: c2r.model" if "c2r" in config else "cfg.json: model"
-    return _validated(ModelConfig, given | by_hand | {"trust_remote_code": trust_remote_code}, where)
+    return checked_section(ModelConfig, given | by_hand | {"trust_remote_code": trust_remote_code}, where)
 
 
 def data_of(config: dict[str, Any], changes: dict[str, Any]) -> DataConfig:
@@ -141,11 +140,14 @@ def data_of(config: dict[str, Any], changes: dict[str, Any]) -> DataConfig:
         ValueError: the changes do not make a source, or the file is wrong.
     """
     config = _checked(config)
-    given = _section(config, "data") if "c2r" in config else _foreign_rows(config["metadata"])
+    ours = _section(config, "data") if "c2r" in config else None
+    if isinstance(ours, dict) and "words" in ours:  # its name until 0.1
+        ours = {("spelling_fraction" if key == "words" else key): value for key, value in ours.items()}
+    given = _foreign_rows(config["metadata"]) if ours is None else ours
     if "source" in changes:
         given = {key: given[key] for key in _READING if key in given}
-    trained, data = _section(config, "data") if "c2r" in config else None, given | changes
-    return _validated(DataConfig, data if "held_out" in changes else text_to_evaluate(data, trained), "")
+    data = given | changes
+    return checked_section(DataConfig, data if "held_out" in changes else text_to_evaluate(data, ours))
 
 
 def text_of_all(configs: dict[str, dict[str, Any]], changes: dict[str, Any]) -> DataConfig:
@@ -287,23 +289,3 @@ def _section(config: dict[str, Any], name: str) -> Any:
     if name not in config["c2r"]:
         raise ValueError(f"cfg.json: c2r.{name}: missing; c2r writes it, and a file without is damaged")
     return config["c2r"][name]
-
-
-def _validated(schema: Any, given: dict[str, Any], where: str) -> Any:
-    try:
-        return schema.model_validate(given)
-    except ValidationError as error:
-        faults = [
-            (
-                ".".join(filter(None, (where, *map(str, fault["loc"])))),
-                fault["msg"].removeprefix("Value error, "),
-                fault,
-            )
-            for fault in error.errors()
-        ]
-    raise ValueError(
-        "; ".join(
-            message if fault["type"] == "value_error" else f"{place}: {message} (got {fault['input']!r})"
-            for place, message, fault in faults
-        )
-    )

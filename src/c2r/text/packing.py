@@ -61,8 +61,8 @@ def packed_rows(
     """Batches of up to `rows` rows of `config.context` tokens.
 
     Documents are joined, EOS between them, and cut into rows; spelling lists come in between until they make up
-    `config.words` of the tokens. With `config.rows: as_is` each document is a row instead, cut or padded. An epoch is
-    one pass over the source, in an order of its own, its end padded; None goes on without end. The parts of a mixture
+    `config.spelling_fraction` of the tokens. With `config.rows: as_is` each document is a row instead, cut or padded.
+    An epoch is one pass over the source, in an order of its own, its end padded; None goes on without end. The parts of a mixture
     make their passes each by itself; a mixture ends when every part has made `epochs` of them.
 
     Arguments:
@@ -111,7 +111,7 @@ def packed_rows(
                 spelling = encoder.encoded(
                     read_shard(lists, seed + 1_000_003 if held_out else seed, shard, at["lists"])
                 )
-            mixer = Mixer(parts, spelling, config.words, at)
+            mixer = Mixer(parts, spelling, config.spelling_fraction, at)
             skip = start["skip"] if start else 0
             while epochs is None or any(part.passes < epochs for part in parts):
                 last = epochs if len(parts) > 1 else parts[0].passes + 1
@@ -235,16 +235,17 @@ def text_rows(
 
 
 def _spelling_lists(config: DataConfig, tokenizer: Any) -> SpellingLists | None:
-    """The spelling lists that `config.words` asks for.
+    """The spelling lists that `config.spelling_fraction` asks for.
 
     Raises:
         ValueError: the tokenizer has fewer than 200 whole words.
     """
-    if config.words == 0:
+    if config.spelling_fraction == 0:
         return None
     words = vocabulary_words(tokenizer)
     if len(words) < 200:
         raise ValueError(
-            f"data.words: got {config.words}, but the tokenizer has only {len(words)} whole words; use words: 0"
+            f"data.spelling_fraction: got {config.spelling_fraction}, but the tokenizer has only {len(words)} whole words; "
+            "use spelling_fraction: 0"
         )
     return SpellingLists(words)

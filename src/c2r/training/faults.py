@@ -113,7 +113,7 @@ def telling_of_memory(config: RunConfig) -> Iterator[None]:
         lower = f"train.batch (now {config.train.batch}), saes.*.width, or the number of SAEs in a run"
         if not isinstance(config.data, SyntheticConfig):
             lower = (
-                f"model.dtype (now {config.model.dtype}), stream.rows (now {config.stream.rows}), data.context (now "
-                f"{config.data.context}), stream.buffer_tokens (now {config.stream.buffer_tokens}), {lower}"
+                f"model.dtype (now {config.model.dtype}), stream.model_rows (now {config.stream.model_rows}), "
+                f"data.context (now {config.data.context}), stream.window_tokens (now {config.stream.window_tokens}), {lower}"
             )
         raise RoomError(f"out of memory: {said.splitlines()[0]}. Lower {lower}") from error

@@ -34,7 +34,7 @@ from c2r.intervals import interval_95
 from c2r.language_model.model import LanguageModel, load_language_model
 from c2r.sae.model import SAE
 
-QUICK = FirstLetterSettings(max_words=700, examples=2, share=16)
+QUICK = FirstLetterSettings(max_words=700, examples=2, words_per_prompt=16)
 
 SEED = 2
 """With it and the next, the few words of `QUICK` have every letter."""
@@ -106,7 +106,7 @@ def test_a_decoder_that_strips_the_first_space_is_seen_through() -> None:
 
 @pytest.mark.parametrize(("share", "examples"), [(1, 10), (16, 10), (7, 3), (5, 0)])
 def test_examples_are_as_many_as_asked_for_and_never_the_word(share: int, examples: int, words: dict[str, int]) -> None:
-    settings = FirstLetterSettings(share=share, examples=examples, max_words=1500)
+    settings = FirstLetterSettings(words_per_prompt=share, examples=examples, max_words=1500)
     drawn = draw(list(words), settings, 3)
     assert drawn.train == 1200
     assert [word for group, _ in drawn.groups for word in group] == drawn.words
@@ -168,7 +168,7 @@ def test_what_does_not_fit_the_tokenizer_is_named(lm: LanguageModel, words: dict
         draw(without_q, FirstLetterSettings(), 0)
     alphabet = [f" {letter}{i}" for letter in LETTERS for i in "abc"]
     with pytest.raises(ValueError, match="are too few for 10 examples beside the 16 words"):
-        draw(alphabet, FirstLetterSettings(share=16), 1)
+        draw(alphabet, FirstLetterSettings(words_per_prompt=16), 1)
     with pytest.raises(ValidationError):
         FirstLetterSettings(position=0)
 
@@ -178,7 +178,7 @@ def test_what_does_not_fit_the_tokenizer_is_named(lm: LanguageModel, words: dict
 
 @pytest.mark.parametrize("share", [1, 5])
 def test_activations_are_those_of_whole_prompts(share: int, lm: LanguageModel, words: dict[str, int]) -> None:
-    settings = FirstLetterSettings(share=share, examples=2, max_words=1500)
+    settings = FirstLetterSettings(words_per_prompt=share, examples=2, max_words=1500)
     drawn = draw(list(words), settings, 0)
     rows = token_rows(lm.tokenizer, words, drawn, settings)[:23]
     rows[3] = [*rows[3][:-1], 7, rows[3][-1]]  # lengths may differ within a group, and between groups

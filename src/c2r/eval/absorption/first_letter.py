@@ -34,7 +34,7 @@ _ROWS = 128
 
 
 class FirstLetterSettings(Frozen):
-    """The prompts, SAEBench's but for `share`."""
+    """The prompts, SAEBench's but for `words_per_prompt`."""
 
     words: Literal["all", "spaced"] | None = None
     """Vocabulary entries of letters alone: all, or those with a leading space, which are whole words. None: all, but
@@ -45,7 +45,7 @@ class FirstLetterSettings(Frozen):
     """In-context examples before the word's line."""
     position: Annotated[int, Field(lt=0)] | None = None
     """Where activations are read, from the prompt's end; None: at the word's token, −6 in SAEBench's template."""
-    share: Positive = 4
+    words_per_prompt: Positive = 4
     """Words that stand behind the same draw of examples, which is then read once; SAEBench: 1."""
     max_words: Positive | None = None
     """A random sample of the words; None: all."""
@@ -117,8 +117,8 @@ def draw(words: Sequence[str], settings: FirstLetterSettings, seed: int) -> Draw
     groups = []
     for part in (shuffled[:train], shuffled[train:]):
         spellings = Counter(_plain(word) for word in part)
-        for start in range(0, len(part), settings.share):
-            group = part[start : start + settings.share]
+        for start in range(0, len(part), settings.words_per_prompt):
+            group = part[start : start + settings.words_per_prompt]
             taken = {_plain(word) for word in group}
             enough = settings.examples + sum(spellings[word] for word in taken)
             if enough > len(part):

@@ -1,0 +1,79 @@
+"""What pydantic refuses, in sentences: the field, what was given, and what is accepted."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from c2r.config.base import Frozen
+
+RENAMED = {
+    "words": "spelling_fraction",
+    "buffer_tokens": "window_tokens",
+    "text_tokens": "text_window_tokens",
+    "ahead_tokens": "prefetch_tokens",
+    "rows": "model_rows",
+    "share": "words_per_prompt",
+}
+"""Former names of keys."""
+Location = tuple[int | str, ...]
+Section = TypeVar("Section", bound=Frozen)
+
+
+def checked_section(section: type[Section], given: dict[str, Any], where: str = "") -> Section:
+    """A section of the configuration from plain values.
+
+    Arguments:
+        where: what the names of its fields begin with in messages, such as `absorption`.
+
+    Raises:
+        ValueError: one sentence per refused value.
+    """
+    try:
+        return section.model_validate(given)
+    except ValidationError as error:
+        raise ValueError("; ".join(faults(error, lambda location: fields_of(section, location), where))) from None
+
+
+def faults(error: ValidationError, accepted: Callable[[Location], list[str]], where: str = "") -> list[str]:
+    """A sentence per fault.
+
+    Arguments:
+        accepted: the keys of the section at a location.
+        where: what the location of each fault begins with.
+    """
+    return [_sentence(fault, accepted, where) for fault in error.errors()]
+
+
+def _sentence(fault: Any, accepted: Callable[[Location], list[str]], where: str) -> str:
+    location: Location = fault["loc"]
+    field = ".".join(filter(None, (where, *map(str, location)))) or "configuration"
+    if fault["type"] == "extra_forbidden":
+        key, known = str(location[-1]), accepted(location[:-1])
+        near = difflib.get_close_matches(key, known, n=1)
+        if RENAMED.get(key) in known:
+            return f"{field}: is called {RENAMED[key]!r} now; accepted are {', '.join(known)}"
+        return f"{field}: unknown key; accepted are {', '.join(known)}" + (
+            f"; did you mean {near[0]!r}?" if near else ""
+        )
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":  # our own: it names its field, so a section's place is enough
+        return f"{field}: {message}" if location or where else message
+    hint = ""
+    if fault["type"] == "string_type" and isinstance(fault["input"], int | float):
+        hint = "; text that looks like a number, true or false must be quoted"
+    shown = "" if fault["type"] == "missing" else f" (got {fault['input']!r}{hint})"
+    return f"{field}: {message}{shown}"
+
+
+def fields_of(section: type[Frozen], location: Location) -> list[str]:
+    """The keys that a section, or the one within it at `location`, takes."""
+    for part in location:
+        field = section.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Frozen)):
+            break
+        section = field.annotation
+    return [field.alias or name for name, field in section.model_fields.items()]
