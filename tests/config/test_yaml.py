@@ -82,7 +82,7 @@ def test_scalars(text: str, value: Any) -> None:
 def test_names_that_look_like_something_else(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, RUN.replace("name: a", "name: no").replace("name: b", "name: 007")))
     assert [sae.name for sae in config.saes] == ["no", "007"]
-    with pytest.raises(ValueError, match=r"saes\.0\.name: .*\(got 12; text that looks like a number.* in quotes\)"):
+    with pytest.raises(ValueError, match=r"saes\.0\.name: .*\(got 12; text that looks like .* must be quoted\)"):
         load_config(write(tmp_path, RUN.replace("name: a", "name: 12")))
     hf = "data: {source: hf, path: x, streaming: no}\n"
     assert load_config(write(tmp_path, RUN + hf)).data.streaming is False  # pyright: ignore[reportAttributeAccessIssue]

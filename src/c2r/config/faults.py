@@ -56,9 +56,8 @@ def _sentence(fault: Any, accepted: Callable[[Location], list[str]], where: str)
         near = difflib.get_close_matches(key, known, n=1)
         if RENAMED.get(key) in known:
             return f"{field}: is called {RENAMED[key]!r} now; accepted are {', '.join(known)}"
-        return f"{field}: unknown key; accepted are {', '.join(known)}" + (
-            f"; did you mean {near[0]!r}?" if near else ""
-        )
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{field}: unknown key; accepted are {', '.join(known)}{hint}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":  # our own: it names its field, so a section's place is enough
         return f"{field}: {message}" if location or where else message

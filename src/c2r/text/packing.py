@@ -62,8 +62,8 @@ def packed_rows(
 
     Documents are joined, EOS between them, and cut into rows; spelling lists come in between until they make up
     `config.spelling_fraction` of the tokens. With `config.rows: as_is` each document is a row instead, cut or padded.
-    An epoch is one pass over the source, in an order of its own, its end padded; None goes on without end. The parts of a mixture
-    make their passes each by itself; a mixture ends when every part has made `epochs` of them.
+    An epoch is one pass over the source, in an order of its own, its end padded; None never ends. The parts of
+    a mixture make their passes each by itself; a mixture ends when every part has made `epochs` of them.
 
     Arguments:
         config: the text.
@@ -245,7 +245,7 @@ def _spelling_lists(config: DataConfig, tokenizer: Any) -> SpellingLists | None:
     words = vocabulary_words(tokenizer)
     if len(words) < 200:
         raise ValueError(
-            f"data.spelling_fraction: got {config.spelling_fraction}, but the tokenizer has only {len(words)} whole words; "
-            "use spelling_fraction: 0"
+            f"data.spelling_fraction: got {config.spelling_fraction}, but the tokenizer has only {len(words)} "
+            "whole words; use spelling_fraction: 0"
         )
     return SpellingLists(words)

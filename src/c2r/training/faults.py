@@ -114,6 +114,7 @@ def telling_of_memory(config: RunConfig) -> Iterator[None]:
         if not isinstance(config.data, SyntheticConfig):
             lower = (
                 f"model.dtype (now {config.model.dtype}), stream.model_rows (now {config.stream.model_rows}), "
-                f"data.context (now {config.data.context}), stream.window_tokens (now {config.stream.window_tokens}), {lower}"
+                f"data.context (now {config.data.context}), stream.window_tokens (now {config.stream.window_tokens}), "
+                f"{lower}"
             )
         raise RoomError(f"out of memory: {said.splitlines()[0]}. Lower {lower}") from error
