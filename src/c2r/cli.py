@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -248,7 +249,7 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"demo": demo, "harvest": harvest, "train": train, "eval": evaluate, "audit": audit},
+            COMMANDS,
             prog="c2r",
             description=_ABOUT,
             args=arguments,
@@ -261,6 +262,9 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(getattr(stopped, "status", 130)) from None  # training heeds SIGTERM too
 
 
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo, "harvest": harvest, "train": train, "eval": evaluate, "audit": audit,
+}  # fmt: skip
 _ABOUT = "Train sparse autoencoders with cross-sample consistency regularisation (C²R), and measure what it changed."
 
 if __name__ == "__main__":
