@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import sys
 import types
 import typing
@@ -86,7 +87,7 @@ def sections(config: Any, where: str) -> Iterator[str]:
             choices = choices_of(inner)
             known = bool(choices) and name == "data"
             anchor = f"{place}.synthetic" if known else place
-            shared = [base for base in inner.__mro__[1:] if base in config.__mro__ and base is not Frozen]
+            shared = [base for base in inner.__mro__[1:] if base in config.__mro__ and base not in Frozen.__mro__]
             yield f"## `{place}`{': known features' if known else ''} {{ #{anchor} }}"
             yield inspect.cleandoc(inner.__doc__ or "")
             if shared:
@@ -136,10 +137,15 @@ def table(config: Any, place: str, common: Any = None) -> str:
             default_of(field),
             " ".join(documented.get(name, "").split()),
         ]
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        rows.append(row(cells))
     if not rows:
         return "It has no keys of its own."
     return "| key | type | default | |\n|---|---|---|---|\n" + "\n".join(rows)
+
+
+def row(cells: list[str]) -> str:
+    """A row of a Markdown table. Vertical bars are escaped, except in code, where Markdown would show the backslash."""
+    return "| " + " | ".join(re.sub(r"(`[^`]*`)|\|", lambda bar: bar[1] or "\\|", cell) for cell in cells) + " |"
 
 
 def describe(annotation: Any, metadata: Any = ()) -> str:
@@ -210,9 +216,8 @@ def command(name: str, function: Callable[..., Any]) -> Iterator[str]:
         if str(parameter.annotation).startswith("Positional"):
             many = "tuple" in str(parameter.annotation)
             positional.append(f"{key.upper().removesuffix('S')} [...]" if many else key.upper())
-            options.append(
-                f"| `{positional[-1]}` | {describe(hints[key]).removeprefix('list of ')} | required | {said[key]} |"
-            )
+            kind = describe(hints[key]).removeprefix("list of ")
+            options.append(row([f"`{positional[-1]}`", kind, "required", said[key]]))
             continue
         flag = f"[`--{key.replace('_', '-')}`](#{name}.{key}){{ #{name}.{key} }}"
         metavar = next((found for part in get_args(hints[key]) if (found := getattr(part, "metavar", None))), None)
@@ -224,7 +229,7 @@ def command(name: str, function: Callable[..., Any]) -> Iterator[str]:
         else:
             kind = describe(hints[key]).removesuffix(" or null")
             default = "" if value is None else f"`{value}`"
-        options.append(f"| {flag} | {kind} | {default} | {said[key]} |")
+        options.append(row([flag, kind, default, said[key]]))
     yield f"## `c2r {name}`"
     yield f"```sh\nc2r {' '.join([name, *positional])} [options]\n```"
     yield about.strip()
@@ -237,7 +242,7 @@ def arguments(text: str) -> dict[str, str]:
     for line in inspect.cleandoc("\n" + text).splitlines():
         if line and not line.startswith(" "):
             name, _, description = line.partition(": ")
-            said[name] = description.replace("|", "\\|")
+            said[name] = description
         elif line:
             said[name] += " " + line.strip()
     return said
