@@ -35,7 +35,7 @@ def train(
     """Train the SAEs that a YAML file describes, or go on with the run of it that was stopped.
 
     Args:
-        run: The run's YAML (see docs/configuration.md).
+        run: The run's YAML (see docs/guides/configuration.md).
         set: Values that replace the file's, for example train.lr=3e-4 saes.0.k=16.
         overwrite: Start afresh in place of an earlier run in the output folder.
         skip_damaged: Where the newest checkpoint is damaged, go on from the last that is whole.
@@ -60,7 +60,7 @@ def harvest(
     Stopped in any way, it goes on where it was when it is run again.
 
     Args:
-        run: The run's YAML, with a section `cache` (see docs/activations.md).
+        run: The run's YAML, with a section `cache` (see docs/guides/activations-on-disk.md).
         set: Values that replace the file's, for example cache.path=/data/acts.
         verify: Compare the checksums of all that is there first, and make anew what is damaged.
     """
