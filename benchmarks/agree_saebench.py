@@ -43,14 +43,16 @@ from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
 from safetensors.torch import save_file
 from torch import Tensor
 
+from c2r.config.evaluations import EvaluationConfig, FirstLetterSettings
 from c2r.config.run import ModelConfig
 from c2r.config.text import DataConfig
 from c2r.eval.absorption.concepts import Absorption, Labelled, absorption, encoded
-from c2r.eval.absorption.first_letter import LETTERS, Collection, FirstLetterSettings, collect, words_of
+from c2r.eval.absorption.first_letter import LETTERS, Collection, collect, words_of
 from c2r.eval.absorption.probes import LinearProbe
 from c2r.eval.absorption.sparse_probes import l1_probe
-from c2r.eval.bench import Bench, Cache
+from c2r.eval.bench import Bench, Reading
 from c2r.eval.core import evaluate_core
+from c2r.eval.disk_cache import Cache
 from c2r.interop.saelens import load_sae
 from c2r.language_model.model import LanguageModel, load_language_model
 from c2r.sae.model import SAE
@@ -288,16 +290,22 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bench = Bench(lm, config, DataConfig(), 1, 0, Cache(folder / "cache"), Console(quiet=True))
+        bench = Bench(
+            EvaluationConfig(tokens=1),
+            Cache(folder / "cache"),
+            Console(quiet=True),
+            lm.device,
+            Reading(lm, config, DataConfig()),
+        )
         words = words_of(lm.tokenizer, "spaced")
         if args.part == "theirs":
             print(json.dumps({"theirs": whole_run(lm, sae, their_sae, hook, sorted(words), folder)}), flush=True)
             return
-        settings = FirstLetterSettings(words="spaced", max_words=args.words)
+        prompts = FirstLetterSettings(words="spaced", max_words=args.words)
         spent: dict[str, float] = {}
         for share in (1, 4):
             began = time.perf_counter()
-            part = collect(bench, words, settings.model_copy(update={"words_per_prompt": share}), 0)
+            part = collect(bench, words, prompts.model_copy(update={"words_per_prompt": share}), 0)
             spent[f"activations and probe, {share} words a draw"] = time.perf_counter() - began
         began = time.perf_counter()
         absorption(part.data, sae, LETTERS, probe=part.probe)
@@ -314,7 +322,7 @@ def main() -> None:
         if args.part == "ours":
             return
         if args.freeze:
-            freeze(args.freeze, sae, ids, figures, part, l1_CF, settings, metrics, table)
+            freeze(args.freeze, sae, ids, figures, part, l1_CF, prompts, metrics, table)
             return
         print(json.dumps({"theirs": whole_run(lm, sae, their_sae, hook, sorted(words), folder)}), flush=True)
 

@@ -1,7 +1,7 @@
 """Where C²R helps and where it fails on known features: the traps' tables, and a picture of them.
 
     python benchmarks/known_features.py rotation_trap --json > a.json        (and pair, over_merge_trap)
-    python benchmarks/known_features_chart.py a.json … --plot docs/known-features.svg
+    python benchmarks/known_features_chart.py a.json … --plot docs/results/known-features.svg
 
 Reads what `known_features.py --json` printed, any number of files a preset.
 """

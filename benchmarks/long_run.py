@@ -1,6 +1,6 @@
 """Whether memory stays flat over a long run: the embedded model's activations, live, into a small SAE with C²R.
 
-    python benchmarks/long_run.py                          20 M tokens; the curve in docs/long-run-memory.svg
+    python benchmarks/long_run.py                          20 M tokens; the curve in docs/guides/long-run-memory.svg
     python benchmarks/long_run.py --tokens 200_000         a few minutes' worth, to try it
 
 The whole of `c2r train`, checkpoints included, in this process. Resident memory is sampled in a thread (Linux: /proc),
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=2.0, help="seconds between samples")
     parser.add_argument("--output", type=Path, help="the run's folder, which a rerun goes on with; default: temporary")
     parser.add_argument("--json", type=Path, help="where the figures and all samples go")
-    parser.add_argument("--svg", type=Path, help="default: docs/long-run-memory.svg for the full run, else none")
+    parser.add_argument("--svg", type=Path, help="default: docs/guides/long-run-memory.svg for the full run, else none")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as temporary:

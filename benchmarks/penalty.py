@@ -1,7 +1,7 @@
 """What C²R alone costs, forward and backward: c2r's with an exact search beside the published algorithm, and how its
 cost in training (lagged neighbours) grows with the width.
 
-    python benchmarks/penalty.py             or with  --json,  --plot docs/penalty-cost.svg
+    python benchmarks/penalty.py             or with  --json,  --plot docs/results/penalty-cost.svg
 
 Medians over interleaved rounds after warm-up. The published search is chunked; results, not times, are compared in fp64
 on 8192 latents, one chunk of it, where it is exact.

@@ -1,4 +1,4 @@
-"""Where a training step's time goes, by kind of work: a table, and a picture with --plot docs/step-time.svg.
+"""Where a training step's time goes, by kind of work: a table, and a picture with --plot docs/results/step-time.svg.
 
 From PyTorch's profiler over a few steps; what no kernel accounts for (Python, dispatch, page faults) is "the rest".
 """

@@ -58,17 +58,19 @@ def notebook(path: Path) -> str:
 def configuration() -> str:
     """A run's YAML section by section, then the settings of evaluations."""
     from c2r.config.run import RunConfig
-    from c2r.eval.absorption.evaluation import AbsorptionEvaluation
+    from c2r.config.evaluations import EvaluationConfig
 
     return "\n\n".join(
         [
             "## The file",
             table(RunConfig, ""),
             *sections(RunConfig, ""),
-            "## `absorption` { #absorption }",
-            "The settings that `c2r eval --set` changes, for example `--set absorption.seeds=5`.",
-            table(AbsorptionEvaluation, "absorption"),
-            *sections(AbsorptionEvaluation, "absorption"),
+            "## Settings of evaluations",
+            inspect.cleandoc(EvaluationConfig.__doc__ or ""),
+            "`c2r.evaluate` takes them by name. On the command line most have an option of their own, and `--set` reaches "
+            "all of them, for example `--set absorption.seeds=5`.",
+            table(EvaluationConfig, "evaluation"),
+            *sections(EvaluationConfig, ""),
         ]
     )
 

@@ -6,10 +6,15 @@ from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from c2r.config.evaluations import EvaluationConfig
 from c2r.config.load import parse_config
-from c2r.config.run import RunConfig
+from c2r.config.run import ModelConfig, RunConfig
+from c2r.config.text import DataConfig
+from c2r.eval.bench import Bench, Reading
+from c2r.eval.disk_cache import Cache
 
 ROOT = Path(__file__).parents[1]
 """The checkout."""
@@ -119,3 +124,12 @@ def without_seconds(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics, all but the time."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def bench_of(
+    lm: Any, model: ModelConfig, data: DataConfig, tokens: int, seed: int, cache: Path, **settings: Any
+) -> Bench:
+    """The context of evaluations on one language model, as `c2r.evaluate` makes it."""
+    config = EvaluationConfig(tokens=tokens, seed=seed, **settings)
+    console = Console(quiet=True)
+    return Bench(config, Cache(cache), console, torch.device("cpu"), Reading(lm, model, data))

@@ -102,7 +102,7 @@ def test_the_demo_overwrites_itself_alone(tmp_path: Path, monkeypatch: pytest.Mo
     [
         (["train", "nowhere.yaml"], "cannot read the configuration nowhere.yaml"),
         (["eval", "nowhere"], "nowhere: not an SAE folder"),
-        (["eval", "--suite", "core"], "no SAE folder given"),
+        (["eval", "--suite", "core"], "SAE folders: got none"),
         (["eval", "x", "--suite", "corr"], "'corr'; accepted are core"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -34,7 +36,7 @@ def train(
     """Train the SAEs that a YAML file describes, or go on with the run of it that was stopped.
 
     Args:
-        run: The run's YAML (see docs/configuration.md).
+        run: The run's YAML (see docs/guides/configuration.md).
         set: Values that replace the file's, for example train.lr=3e-4 saes.0.k=16.
         overwrite: Start afresh in place of an earlier run in the output folder.
         skip_damaged: Where the newest checkpoint is damaged, go on from the last that is whole.
@@ -59,7 +61,7 @@ def harvest(
     Stopped in any way, it goes on where it was when it is run again.
 
     Args:
-        run: The run's YAML, with a section `cache` (see docs/activations.md).
+        run: The run's YAML, with a section `cache` (see docs/guides/activations-on-disk.md).
         set: Values that replace the file's, for example cache.path=/data/acts.
         verify: Compare the checksums of all that is there first, and make anew what is damaged.
     """
@@ -109,12 +111,12 @@ def evaluate(
     trust_remote_code: bool = False,
     judge_url: str | None = None,
     judge_model: str | None = None,
-    judge_latents: int = 100,
+    judge_latents: int | None = None,
     judge_options: str | None = None,
     max_requests: int | None = None,
     key_in_clear: bool = False,
 ) -> None:
-    """Evaluate SAE folders, c2r's or SAELens's: one JSON an evaluation and SAE, and a table.
+    """Evaluate SAE folders written by c2r or SAELens: a JSON file per evaluation and SAE, and a table.
 
     Args:
         saes: SAE folders that read the same hook point.
@@ -130,49 +132,56 @@ def evaluate(
         context: Tokens of a row. Default: as in the SAE's training.
         tokens: Tokens to evaluate on.
         probe_data: For probing: a .jsonl file of {"text", "label"} or a data set. Default: the standard library's.
-        set: Settings of absorption, for example absorption.seeds=5 (docs/evaluations.md has them all).
+        set: Any setting of an evaluation, for example absorption.seeds=5 data.context=256 (see the reference).
         seed: Order of the text.
         device: auto, cpu, cuda, cuda:1…
         trust_remote_code: Let code that the model brings run.
         judge_url: For autointerp: base address of an OpenAI-compatible endpoint; its key in $C2R_JUDGE_KEY.
         judge_model: For autointerp: the judge's name at the endpoint.
-        judge_latents: For autointerp: latents of each SAE, two requests each.
+        judge_latents: For autointerp: latents per SAE, two requests each. Default: 100.
         judge_options: For autointerp: further fields of a request as a JSON object, such as '{"temperature": 0}'.
         max_requests: For autointerp: refuse, before the first request, what would take more.
         key_in_clear: For autointerp: let the key be sent to another machine over http.
     """
-    from c2r.eval.absorption.evaluation import absorption_of
-    from c2r.eval.autointerp.judge import judge_of
-    from c2r.eval.suite import EvaluationError
     from c2r.eval.suite import evaluate as evaluate_saes
     from c2r.report.table import print_results
 
-    changes = {"source": source, "path": path, "split": split, "text_field": text_field, "context": context}
-    failed = None
-    try:
-        results = evaluate_saes(
-            list(saes),
-            out,
-            suites=tuple(name.strip() for name in suite.split(",")),
-            model=model,
-            layer=layer,
-            hook=hook,
-            data=_text(changes),
-            tokens=tokens,
-            probe_data=probe_data,
-            absorption=absorption_of(value for values in set for value in values),
-            seed=seed,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            judge=judge_of(judge_url, judge_model, judge_latents, judge_options, max_requests, key_in_clear),
-        )
-    except EvaluationError as error:
-        results, failed = error.results, error
+    text = {"source": source, "path": path, "split": split, "text_field": text_field, "context": context}
+    judge = {"url": judge_url, "model": judge_model, "latents": judge_latents, "max_requests": max_requests}
+    settings: dict[str, Any] = {
+        "suites": tuple(name.strip() for name in suite.split(",")), "tokens": tokens, "seed": seed, "device": device,
+        "model": model, "layer": layer, "hook": hook, "trust_remote_code": trust_remote_code, "probe_data": probe_data,
+        "data": _text(text), "absorption": {},
+    }  # fmt: skip
+    if judge_url is not None or judge_model is not None:
+        settings["judge"] = {name: value for name, value in judge.items() if value is not None}
+        settings["judge"] |= {"options": _json_object(judge_options), "key_in_clear": key_in_clear}
+    results = evaluate_saes(list(saes), out, **_with_changes(settings, set))
     if any(results.values()):
-        print_results(results)
+        print_results(dict(results))
         print(f"results: {out or ', '.join(sorted({str(folder.parent / 'evaluations') for folder in saes}))}")
-    if failed is not None:
-        raise failed
+    if results.failed:
+        lines = "\n".join(f"  {line}" for line in results.failed)
+        raise ValueError(f"evaluations failed, the others are written:\n{lines}")
+
+
+def _json_object(text: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f'judge.options: got {text!r}; accepted is a JSON object such as {{"temperature": 0}}')
+    return found
+
+
+def _with_changes(settings: dict[str, Any], changes: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
+    """Apply `--set a.b=c`."""
+    from c2r.config.load import set_values
+
+    settings = {name: value for name, value in settings.items() if value is not None}
+    set_values(settings, [value for values in changes for value in values])
+    return settings
 
 
 def audit(
@@ -212,7 +221,7 @@ def audit(
 
     sae = sae.expanduser()
     folder = (out or sae.parent / "evaluations").expanduser()
-    evaluate_saes(
+    results = evaluate_saes(
         [sae],
         folder,
         suites=("audit",),
@@ -225,6 +234,8 @@ def audit(
         device=device,
         trust_remote_code=trust_remote_code,
     )
+    if results.failed:
+        raise ValueError(f"the audit failed: {results.failed[0]}")
     result = folder / f"{sae.resolve().name}_audit.json"
     print_audit(result)
     page = result.with_suffix(".html")
@@ -241,6 +252,25 @@ def _text(changes: dict[str, Any]) -> dict[str, Any]:
     return {"source": "files"} | data if "path" in data else data
 
 
+_OPTIONS = {
+    "folders": "SAE folders", "suites": "--suite", "judge.url": "--judge-url", "judge.model": "--judge-model",
+    "judge": "--judge-url, --judge-model", "judge.latents": "--judge-latents", "judge.options": "--judge-options",
+    "judge.max_requests": "--max-requests", "judge.key_in_clear": "--key-in-clear", "data.source": "--source",
+    **{name: f"--{name.replace('_', '-')}" for name in (
+        "tokens", "seed", "device", "model", "layer", "hook", "out", "probe_data", "source", "path", "split",
+        "text_field", "context",
+    )},
+}  # fmt: skip
+"""What the settings of an evaluation are called on the command line."""
+
+
+def _as_options(message: str, arguments: list[str]) -> str:
+    """A message of the library, which names settings, in the command line's words."""
+    if arguments[:1] not in (["eval"], ["audit"]):
+        return message
+    return re.sub(r"^[a-z_.]+(?=: )", lambda name: _OPTIONS.get(name[0], name[0]), message, flags=re.MULTILINE)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with one line and exit status 2."""
     arguments = sys.argv[1:] if args is None else args
@@ -255,7 +285,7 @@ def main(args: list[str] | None = None) -> None:
             args=arguments,
         )
     except ValueError as error:
-        print(f"c2r: error: {error}", file=sys.stderr)
+        print(f"c2r: error: {_as_options(str(error), arguments)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stopped:
         print(f"c2r: {str(stopped) or 'interrupted'}", file=sys.stderr)

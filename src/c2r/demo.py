@@ -36,7 +36,7 @@ def run_demo(out: Path) -> None:
     results = evaluate(
         list(folders.values()), out / "evaluations", suites=SUITES, tokens=EVALUATION_TOKENS, console=console
     )
-    write_json(out / "summary.json", summary(results))
+    write_json(out / "summary.json", summary(dict(results)))
     known = demo_of_known_features(out / "known_features", console)
     write_json(out / "known_features.json", summary(known))
     write_report(
@@ -44,7 +44,7 @@ def run_demo(out: Path) -> None:
         known_features=out / "known_features.json",
     )  # fmt: skip
     console.print("\nOn the language model's activations:")
-    print_results(results, console)
+    print_results(dict(results), console)
     console.print("\nOn known features, where what is found can be counted:")
     print_results(known, console)
     minutes = (time.monotonic() - began) / 60
@@ -60,7 +60,7 @@ def demo_of_known_features(out: Path, console: Console) -> dict[str, dict[str, f
     """The same two methods on the tree preset: train under `out` and return what the table shows."""
     config = _asset("known_features.yaml", out)
     folders = train(config, overwrite=_is_a_demo(out, config) and finished(config), console=console)
-    return evaluate(list(folders.values()), suites=("recovery",), console=console)
+    return dict(evaluate(list(folders.values()), suites=("recovery",), console=console))
 
 
 def _asset(name: str, out: Path) -> RunConfig:

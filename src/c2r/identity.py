@@ -25,7 +25,7 @@ _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "_commit_hash", "dtyp
 """Keys of a model's configuration that say where it came from, or how it was loaded."""
 _FACTS = ("code", "files")
 """Parts of an identity that are recorded and not compared."""
-_NOT_MAKERS = ("train", "report", "cli.py", "demo.py")
+_NOT_MAKERS = ("training", "report", "cli.py", "demo.py", "methods.py", "schedules.py", "step.py")
 
 
 def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -83,7 +83,8 @@ class NeighborTable:
     "lagged" (the default of training) is exact when made. Afterwards it renews `rows` of its rows a call, in turn, so
     that its cost grows as F and not as F²; a renewed row also keeps a shortlist of its `shortlist` nearest, and every
     call compares each latent's neighbour with the next of its shortlist. C²R turns neighbours away from each other, so
-    that the nearest changes often; without the shortlist a third of the penalty was left after 512 steps (docs/log.md).
+    that the nearest changes often; without the shortlist a third of the penalty was left after 512 steps
+    (docs/results/log.md).
     The cosine of a stale neighbour is recomputed from the current decoder, and is never more than the true
     neighbour's. "exact" and "chunked" search anew at every call.
 

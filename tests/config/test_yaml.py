@@ -7,7 +7,6 @@ import pytest
 
 from c2r.config.load import load_config, set_values
 from c2r.config.yaml_text import load_yaml
-from c2r.eval.absorption.evaluation import absorption_of
 
 RUN = """
 output: runs/x
@@ -104,7 +103,7 @@ def test_overrides_too(changes: tuple[str, ...], says: str, tmp_path: Path) -> N
 
 def test_settings_of_an_evaluation_too() -> None:
     with pytest.raises(ValueError, match=r"absorption\.seeds: given twice"):
-        absorption_of(["absorption.seeds=1", "absorption.seeds=2"])
+        set_values({}, ["absorption.seeds=1", "absorption.seeds=2"])
     raw: dict[str, Any] = {}
     set_values(raw, ["a.b=1", "a.c=no"])
     assert raw == {"a": {"b": 1, "c": "no"}}

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,13 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from builders import TEXT, tiny_tokenizer
+from builders import TEXT, bench_of, tiny_tokenizer
 from c2r.config.load import parse_config
 from c2r.config.run import ModelConfig
 from c2r.config.text import DataConfig
 from c2r.eval import fidelity as fidelity_module
 from c2r.eval.absorption.probes import f1_per_class, one_vs_rest_probe
-from c2r.eval.bench import Bench, Cache
+from c2r.eval.bench import Bench
 from c2r.eval.core import CoreResult, evaluate_core, run_core
 from c2r.eval.fidelity import Fidelity
 from c2r.eval.results import histogram, write_json
@@ -328,7 +329,7 @@ def test_progress_adds_up_to_the_tokens(tiny_models: dict[str, Path], rows: list
 def bench(tmp_path: Path) -> Bench:
     """The embedded model on its text, 300 tokens in rows of 32."""
     data, console = DataConfig(context=32), Console(file=io.StringIO(), width=500)
-    return Bench(load_language_model(ModelConfig()), ModelConfig(), data, 300, 0, Cache(tmp_path), console)
+    return replace(bench_of(load_language_model(ModelConfig()), ModelConfig(), data, 300, 0, tmp_path), console=console)
 
 
 def test_core_reads_held_out_text(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

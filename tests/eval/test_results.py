@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,10 +23,10 @@ from c2r.activations.harvest import fill_cache
 from c2r.cli import main
 from c2r.config.run import ModelConfig
 from c2r.config.text import DataConfig
-from c2r.eval import bench, suite
-from c2r.eval.bench import Cache
+from c2r.eval import disk_cache, suite
+from c2r.eval.disk_cache import Cache
 from c2r.eval.results import unfinished
-from c2r.eval.suite import EvaluationError, evaluate
+from c2r.eval.suite import evaluate
 from c2r.interop.saelens import load_sae
 from c2r.language_model.model import load_language_model
 from c2r.report.audit import print_audit, write_audit
@@ -131,7 +132,7 @@ def test_an_out_that_cannot_be_written_is_refused_before_the_work(
         assert stopped.value.code == 2
         said = capsys.readouterr().err
         assert (
-            f"c2r: error: out: cannot write in {tmp_path / 'file' / 'x'}: {tmp_path / 'file'} is not a folder" in said
+            f"c2r: error: --out: cannot write in {tmp_path / 'file' / 'x'}: {tmp_path / 'file'} is not a folder" in said
         )
     (tiny_run["c2r"].parent / "evaluations").write_text("in the way")
     with pytest.raises(ValueError, match=r"out: cannot write in .*evaluations is not a folder"):
@@ -145,13 +146,14 @@ def test_a_result_that_cannot_be_written_is_kept_elsewhere(
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", None)
     (tmp_path / "out" / "baseline_splitting.json").mkdir(parents=True)  # in the way of one of two results
-    with pytest.raises(EvaluationError, match=r"baseline, splitting: .*cannot write .*the result is in ") as error:
-        evaluate(list(tiny_run.values()), tmp_path / "out", suites=("splitting",), tokens=100, console=QUIET)
-    aside = Path(str(error.value).rsplit("the result is in ", 1)[1])
+    results = evaluate(list(tiny_run.values()), tmp_path / "out", suites=("splitting",), tokens=100, console=QUIET)
+    (failed,) = results.failed
+    assert re.match(r"baseline, splitting: .*cannot write .*the result is in ", failed)
+    aside = Path(failed.rsplit("the result is in ", 1)[1])
     assert read(aside)["sae_lens_id"] == "baseline"
     assert aside.is_relative_to(tmp_path / "temporary")
     assert read(tmp_path / "out" / "c2r_splitting.json")["sae_lens_id"] == "c2r"
-    assert error.value.results["baseline"]["max_cos_mean"] is not None
+    assert results["baseline"]["max_cos_mean"] is not None
 
 
 def test_a_cache_that_cannot_be_written_costs_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +169,7 @@ def test_other_code_makes_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     cache = Cache(tmp_path)
     assert cache.get("x", {}, lambda: {"x": torch.zeros(1)})["x"] == 0
     assert cache.get("x", {}, lambda: {"x": torch.ones(1)})["x"] == 0
-    monkeypatch.setattr(bench, "source_digest", lambda: "another")
+    monkeypatch.setattr(disk_cache, "source_digest", lambda: "another")
     assert cache.get("x", {}, lambda: {"x": torch.ones(1)})["x"] == 1
 
 
@@ -181,7 +183,7 @@ def test_the_source_is_that_of_what_evaluates(tmp_path: Path, monkeypatch: pytes
     assert before == identity.source_digest()
     for name, counts in (
         ("report/table.py", False),
-        ("train/run.py", False),
+        ("training/run.py", False),
         ("cli.py", False),
         ("eval/core.py", True),
     ):

@@ -1,6 +1,7 @@
 """What evaluations share: the cache on disk, its keys, and results that stand when another evaluation fails."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,15 +9,17 @@ import pytest
 import torch
 from rich.console import Console
 
+from builders import bench_of
 from c2r.cli import main
+from c2r.config.evaluations import AbsorptionEvaluation
 from c2r.config.run import ModelConfig
 from c2r.config.text import DataConfig
-from c2r.eval import bench as bench_module
-from c2r.eval import suite
-from c2r.eval.absorption.evaluation import AbsorptionEvaluation, absorption_of
-from c2r.eval.bench import Bench, Cache, Outcome, each
+from c2r.eval import disk_cache, suite
+from c2r.eval.bench import Bench
+from c2r.eval.disk_cache import Cache
+from c2r.eval.outcome import Outcome, each
 from c2r.eval.results import write_result
-from c2r.eval.suite import EvaluationError, evaluate
+from c2r.eval.suite import Suite, evaluate
 from c2r.language_model.model import LanguageModel, load_language_model
 from c2r.sae.model import SAE
 
@@ -61,9 +64,11 @@ def test_one_failure_leaves_the_others_on_disk(
             raise ValueError("broken by hand")
         return Outcome(name, "frail", {"frail": {"one": 1.0}}, {"one": 1.0})
 
-    monkeypatch.setitem(suite.SUITES, "frail", each("frail", frail))
-    with pytest.raises(ValueError, match="baseline, frail: ValueError: broken by hand"):
-        evaluate(list(tiny_run.values()), tmp_path / "out", suites=("frail", "splitting"), tokens=100)
+    monkeypatch.setitem(suite.SUITES, "frail", Suite(each("frail", frail)))
+    results = evaluate(list(tiny_run.values()), tmp_path / "out", suites=("frail", "splitting"), tokens=100)
+    assert results.failed == ["baseline, frail: ValueError: broken by hand"]
+    assert [path.name for path in results.files["c2r"]] == ["c2r_frail.json", "c2r_splitting.json"]
+    assert [path.name for path in results.files["baseline"]] == ["baseline_splitting.json"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "c2r_frail.json",
         "baseline_splitting.json",
@@ -81,14 +86,13 @@ def test_what_fails_as_a_whole_is_every_saes_failure_and_ends_no_other_suite(
         yield Outcome("baseline", "half", {"half": {"one": 1.0}})
         raise OSError("disk or network")
 
-    monkeypatch.setitem(suite.SUITES, "half", half)
-    with pytest.raises(EvaluationError, match="c2r, half: OSError: disk or network") as error:
-        evaluate(list(tiny_run.values()), tmp_path / "out", suites=("half", "splitting"), tokens=100)
-    assert "baseline, half" not in str(error.value)
+    monkeypatch.setitem(suite.SUITES, "half", Suite(half))
+    results = evaluate(list(tiny_run.values()), tmp_path / "out", suites=("half", "splitting"), tokens=100)
+    assert results.failed == ["c2r, half: OSError: disk or network"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "baseline_half.json", "baseline_splitting.json", "c2r_splitting.json",
     }  # fmt: skip
-    assert error.value.results["c2r"]["max_cos_mean"] is not None
+    assert results["c2r"]["max_cos_mean"] is not None
 
 
 def test_an_sae_that_fails_in_core_leaves_the_others_theirs(
@@ -105,12 +109,12 @@ def test_an_sae_that_fails_in_core_leaves_the_others_theirs(
         return encode(self, x)
 
     monkeypatch.setattr(SAE, "encode", frail)
-    with pytest.raises(EvaluationError, match="baseline, core: RuntimeError: out of memory") as error:
-        evaluate(list(tiny_run.values()), tmp_path / "out", suites=("core",), tokens=400)
+    results = evaluate(list(tiny_run.values()), tmp_path / "out", suites=("core",), tokens=400)
+    assert results.failed == ["baseline, core: RuntimeError: out of memory"]
     assert calls.count("baseline") == 2  # in its second batch, and no more
     assert calls.count("c2r") > 1
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["c2r_core.json"]
-    assert error.value.results["c2r"] == alone["c2r"]
+    assert results["c2r"] == alone["c2r"]
 
 
 def test_the_command_line_tabulates_what_did_not_fail(
@@ -148,13 +152,11 @@ def test_settings_of_absorption_reach_it(tiny_run: dict[str, Path], monkeypatch:
     def absorption(
         bench: Bench,
         saes: dict[str, SAE],
-        settings: AbsorptionEvaluation = AbsorptionEvaluation(),  # noqa: B008
     ) -> Iterator[Outcome]:
-        seen.append(settings)
+        seen.append(bench.config.absorption)
         return iter(())
 
-    monkeypatch.setattr(suite, "run_absorption", absorption)
-    monkeypatch.setitem(suite.SUITES, "absorption", absorption)
+    monkeypatch.setitem(suite.SUITES, "absorption", Suite(absorption))
     arguments = ["eval", str(tiny_run["c2r"]), "--suite", "absorption"]
     main(arguments)
     template = 'absorption.prompts.template="{word} starts with:"'
@@ -167,18 +169,23 @@ def test_settings_of_absorption_reach_it(tiny_run: dict[str, Path], monkeypatch:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("core.seeds=5", "--set core: unknown; accepted is absorption"),
-        ("absorption.seed=5", r"--set absorption\.seed: unknown; accepted are seeds, prompts, thresholds"),
-        ("absorption.prompts.k=5", r"--set absorption\.prompts\.k: unknown; accepted are words, template, examples"),
-        ("absorption.seeds=0", r"--set absorption\.seeds: .*greater than or equal to 1 \(got 0\)"),
-        ("absorption=5", r"--set absorption: .*\(got 5\)"),
+        ("core.seeds=5", "core: unknown key; accepted are suites, tokens"),
+        (
+            "absorption.seed=5",
+            r"absorption\.seed: unknown key; accepted are seeds, prompts, thresholds",
+        ),
+        ("absorption.prompts.k=5", r"absorption\.prompts\.k: unknown key; accepted are words, template, examples"),
+        ("absorption.seeds=0", r"absorption\.seeds: .*greater than or equal to 1 \(got 0\)"),
+        ("absorption=5", r"absorption: .*\(got 5\)"),
         ("absorption.seeds", r"expected a\.b=c"),
     ],
 )
-def test_settings_of_absorption_that_are_refused(change: str, says: str) -> None:
-    assert absorption_of([]) is None
-    with pytest.raises(ValueError, match=says):
-        absorption_of([change])
+def test_settings_that_are_refused(
+    change: str, says: str, tiny_run: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["eval", str(tiny_run["c2r"]), "--suite", "absorption", "--set", change])
+    assert re.search(says, capsys.readouterr().err)
 
 
 # Keys of the cache
@@ -215,7 +222,7 @@ def test_no_entry_of_the_cache_is_taken_for_another(
         path = corpus / "b.jsonl" if change == "text" else corpus
         data = DataConfig(source="files", path=str(path), context=12 if change == "context" else 16)
         seed = 1 if change == "seed" else 0
-        return Bench(lm, model, data, 300, seed, Cache(tmp_path / cache), Console(quiet=True))
+        return bench_of(lm, model, data, 300, seed, tmp_path / cache)
 
     first = bench("shared").activations
     assert torch.equal(first.x_nD, bench("shared").activations.x_nD)
@@ -239,7 +246,7 @@ def test_any_weight_makes_another_model(tiny_models: dict[str, Path]) -> None:
 def test_another_version_makes_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(tmp_path)
     assert cache.get("x", {}, lambda: {"x": torch.zeros(1)})["x"] == 0
-    monkeypatch.setattr(bench_module, "__version__", "0.0.0")
+    monkeypatch.setattr(disk_cache, "__version__", "0.0.0")
     assert cache.get("x", {}, lambda: {"x": torch.ones(1)})["x"] == 1
 
 
@@ -265,15 +272,14 @@ def test_activations_that_are_no_numbers_end_every_evaluation_of_them(
         return x_RTD
 
     monkeypatch.setattr(LanguageModel, "activations", with_nan)
-    with pytest.raises(EvaluationError) as raised:
-        evaluate(
-            [tiny_run["baseline"]],
-            suites=("splitting", "audit"),
-            tokens=300,
-            cache=tmp_path,
-            console=Console(quiet=True),
-        )
-    said = str(raised.value)
+    results = evaluate(
+        [tiny_run["baseline"]],
+        suites=("splitting", "audit"),
+        tokens=300,
+        cache=tmp_path,
+        console=Console(quiet=True),
+    )
+    said = "\n".join(results.failed)
     for name in ("splitting", "audit"):
         assert f"baseline, {name}: ValueError: activations of the model: " in said
-    assert raised.value.results == {"baseline": {}}
+    assert results == {"baseline": {}}

@@ -170,7 +170,7 @@ def test_evaluations_read_the_part_and_record_it(tiny_models: dict[str, Path], t
         evaluate([sae], suites=["core"], tokens=200, data=data, out=tmp_path / "out", console=console)
         (result,) = (tmp_path / "out").glob("baseline_core.json")
         assert json.loads(result.read_text())["eval_config"]["held_out"] is kept
-        assert ("this source keeps no part from training" in said.getvalue()) == (not kept)
+        assert ("this source has no held-out part" in said.getvalue()) == (not kept)
         result.unlink()
 
 

@@ -350,15 +350,15 @@ def test_evaluations_that_do_not_fit_are_refused(tiny_models: dict[str, Path], c
     folders = train(run_config(tmp_path / "a", tiny_models["llama"], corpus))
     first_layer = {"model": {"name": str(tiny_models["llama"]), "layer": 0}}
     other = train(run_config(tmp_path / "b", tiny_models["llama"], corpus, **first_layer))
-    with pytest.raises(ValueError, match="evaluate them apart"):
+    with pytest.raises(ValueError, match="evaluate them separately"):
         evaluate([folders["c2r"], other["baseline"]])
     with pytest.raises(ValueError, match="got 'cores'; accepted are core"):
         evaluate([folders["c2r"]], suites=("cores",))
-    with pytest.raises(ValueError, match="no SAE folder given"):
+    with pytest.raises(ValueError, match="folders: got none"):
         evaluate([])
     with pytest.raises(ValueError, match=r"no cfg\.json"):
         evaluate([tmp_path])
-    with pytest.raises(ValueError, match="--tokens: got 0"):
+    with pytest.raises(ValueError, match=r"tokens: .*greater than or equal to 1 \(got 0\)"):
         evaluate([folders["c2r"]], tokens=0)
     same = train(run_config(tmp_path / "c", tiny_models["llama"], corpus))
     assert set(evaluate([folders["c2r"], same["c2r"]], tmp_path / "out", tokens=50)) == {"a_c2r", "c_c2r"}

@@ -1,150 +1,85 @@
-"""What the evaluations of one call share: the language model, the text, its activations, and a cache on disk.
+"""What the evaluations of one call share: settings, language model, text and its activations, and a cache on disk.
 
-n real tokens · D width of the activations.
+n real tokens · D width of the activations · R rows · T positions.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from c2r.config.evaluations import EvaluationConfig
 from c2r.config.run import ModelConfig
 from c2r.config.text import DataConfig
-from c2r.eval.autointerp.judge import JudgeConfig
-from c2r.eval.results import Metrics
-from c2r.identity import source_digest
+from c2r.eval.disk_cache import Cache, Tensors
+from c2r.eval.outcome import Outcome
 from c2r.language_model.model import LanguageModel
 from c2r.progress import progress_bar
 from c2r.sae.model import SAE
-from c2r.storage import hidden
 from c2r.text.packing import Rows, Skipped, held_out_kept, packed_rows
-from c2r.version import __version__
 
-__all__ = [  # with what evaluations need of other modules
-    "FAILURES",
-    "Bench",
-    "Cache",
-    "Evaluation",
-    "ModelFree",
-    "Outcome",
-    "Setting",
-    "Tensors",
-    "TextActivations",
-    "each",
-    "failure",
-    "progress_bar",
-    "rows_digest",
-]
-
-Tensors = dict[str, Tensor]
 _POSITIONS = 4096
-"""Most positions of a batch of rows, so that a model's states of a batch are not large."""
-FAILURES = (ValueError, RuntimeError, ArithmeticError, OSError)
-"""What an SAE, a text or the machine may be at fault for, and what ends one evaluation alone. Anything else is our
-fault, and is shown whole."""
-
-
-@dataclass
-class Outcome:
-    """What one evaluation says of one SAE: a result file, and its share of the table."""
-
-    sae: str
-    evaluation: str
-    """SAEBench's type id where it has one."""
-    metrics: Metrics = field(default_factory=dict)
-    summary: dict[str, float | None] = field(default_factory=dict)
-    """What the table and `summary.json` show; None where there is no figure."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """Settings of this evaluation, beside the call's own."""
-    details: list[dict[str, Any]] = field(default_factory=list)
-    unstructured: dict[str, Any] = field(default_factory=dict)
-    file: str | None = None
-    """The file is `<sae>_<this>.json`; None: `evaluation`."""
-    error: str | None = None
-    """Why there is no result; the other SAEs' results stand."""
-
-
-class Cache:
-    """Tensors on disk under a key of everything they depend on; made once, then read.
-
-    The key also has the versions of c2r and torch, and a digest of c2r's own source, so that any change of the code
-    that evaluates makes them again. A folder that cannot be written costs the cache, and no result; it is said once.
-
-    Arguments:
-        folder: None: `$C2R_CACHE`, or `c2r` in the user's cache folder.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        self.folder = (folder or Path(os.environ.get("C2R_CACHE", home / "c2r"))).expanduser()
-        self._said = False
-
-    def get(self, kind: str, key: dict[str, Any], make: Callable[[], Tensors]) -> Tensors:
-        """The tensors of `key`, from disk if they are there whole, else from `make`."""
-        code = {"c2r": __version__, "source": source_digest(), "torch": torch.__version__}
-        text = json.dumps({**key, **code}, sort_keys=True, default=str)
-        path = self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
-        if path.is_file():
-            with contextlib.suppress(SafetensorError, OSError):  # cut short or damaged: made again
-                return load_file(path)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
-        partial = hidden(path, "partial")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file(tensors, partial, metadata={"key": text})
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
-        except (SafetensorError, OSError) as error:
-            if not self._said:
-                self._said = True
-                Console(stderr=True).print(f"nothing is kept for later evaluations: cannot write {path}: {error}")
-        return tensors
+"""Largest number of positions per forward pass, so that a model's hidden states stay small."""
 
 
 class TextActivations(NamedTuple):
-    """The hook's activations on the evaluation's text, real tokens only, in order."""
+    """The hook point's activations on the evaluation's text: real tokens only, in order."""
 
     x_nD: Tensor
     ids_n: Tensor
     row_n: Tensor
-    """Which row of the text each token stands in."""
+    """Row of the text that each token is in."""
     position_n: Tensor
     """Its position in that row."""
 
 
-@dataclass
-class Bench:
-    """One language model at one hook point, one text."""
+class Reading(NamedTuple):
+    """One language model at one hook point, and one text."""
 
     lm: LanguageModel
     model: ModelConfig
     data: DataConfig
-    tokens: int
-    seed: int
+
+
+@dataclass
+class Bench:
+    """The context of all evaluations of one call."""
+
+    config: EvaluationConfig
     cache: Cache
     console: Console
-    judge: JudgeConfig | None = None
-    """Who is asked by evaluations that ask a language model over the network."""
-    probe_data: str | None = None
-    """Labelled texts for sparse probing: see `c2r.eval.probing.labelled`; None: the standard library's."""
+    device: torch.device
+    reading: Reading | None = None
+    """None if only evaluations run that need no language model."""
     counted: dict[str, Any] = field(default_factory=dict)
     """What `c2r.eval.counted.counted` found, by SAE."""
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The language model."""
+        assert self.reading is not None
+        return self.reading.lm
+
+    @property
+    def model(self) -> ModelConfig:
+        """Its section of the configuration."""
+        assert self.reading is not None
+        return self.reading.model
+
+    @property
+    def data(self) -> DataConfig:
+        """The text."""
+        assert self.reading is not None
+        return self.reading.data
 
     @property
     def model_key(self) -> dict[str, Any]:
@@ -155,7 +90,10 @@ class Bench:
 
     @contextlib.contextmanager
     def lm_on_cpu(self) -> Iterator[None]:
-        """While another language model needs the device's memory."""
+        """Move the language model to the CPU while another one needs the device's memory."""
+        if self.reading is None:
+            yield
+            return
         device = self.lm.device
         self.lm.model.to("cpu")
         try:
@@ -164,98 +102,71 @@ class Bench:
             self.lm.model.to(device)
 
     def rows(self) -> Iterator[Rows]:
-        """The held-out text in batches of rows, until `tokens` real ones have passed."""
+        """The held-out text in batches of rows, until `tokens` real tokens have passed."""
         size = max(1, min(16, _POSITIONS // self.data.context))
         seen = 0
-        settings: dict[str, Any] = {"seed": self.seed, "held_out": True, "rows": size, "skipped": self.skipped}
+        settings: dict[str, Any] = {"seed": self.config.seed, "held_out": True, "rows": size, "skipped": self.skipped}
         settings["embeddings"] = self.lm.embeddings
         for part in packed_rows(self.data, self.lm.tokenizer, **settings):
             yield part
             seen += int(part.real.sum())
-            if seen >= self.tokens:
+            if seen >= self.config.tokens:
                 return
 
     @cached_property
     def held_out(self) -> bool:
-        """Whether every source of the text keeps a part from training, which is the one that is read."""
+        """Whether every source of the text has a part that training never reads; if so, that part is read."""
         return held_out_kept(self.data)
 
     @cached_property
     def skipped(self) -> Skipped:
-        """Records of the text that were skipped; the first is reported."""
+        """Records of the text that were skipped; the first one is reported."""
         return Skipped(lambda message: self.console.print(f"[yellow]{escape(message)}[/]", soft_wrap=True))
 
     @cached_property
     def activations(self) -> TextActivations:
-        """Activations on the text, from the cache on disk where they are.
+        """Activations on the text, from the cache on disk if they are there.
 
         Raises:
-            ValueError: the text holds no real token.
+            ValueError: the text contains no real token.
         """
         rows = list(self.rows())
-        key = {**self.model_key, "rows": rows_digest(rows)}
-        found = self.cache.get("activations", key, lambda: self._collect(rows))
+        found = self.read(rows, "activations")
+        if len(found["x"]) == 0:
+            raise ValueError("data: the evaluation's text holds no token besides BOS, EOS and padding")
         return TextActivations(found["x"], found["ids"], found["row"], found["position"])
 
-    def _collect(self, rows: list[Rows]) -> Tensors:
-        parts: list[tuple[Tensor, ...]] = []
+    def read(self, batches: Sequence[Rows], kind: str, description: str = "activations") -> Tensors:
+        """Activations of all real tokens of some rows, from the cache on disk if they are there.
+
+        Returns:
+            x `[n, D]`; and of each token ids, row and position `[n]`.
+        """
+        key = {**self.model_key, "rows": rows_digest(batches)}
+        return self.cache.get(kind, key, lambda: self._read(batches, description))
+
+    def _read(self, batches: Sequence[Rows], description: str) -> Tensors:
+        empty_n = torch.empty(0, dtype=torch.long)
+        parts: list[tuple[Tensor, ...]] = [(torch.empty(0, self.lm.d_in), empty_n, empty_n, empty_n)]
         first = 0
         with progress_bar(self.console) as bar:
-            for part in bar.track(rows, description="activations"):
-                row, position = part.real.nonzero(as_tuple=True)
+            for part in bar.track(batches, description=description):
+                row_n, position_n = part.real.nonzero(as_tuple=True)
                 x_RTD = self.lm.activations(part.ids)
-                parts.append((x_RTD[part.real.to(x_RTD.device)].cpu(), part.ids[part.real], first + row, position))
+                x_nD = x_RTD[part.real.to(x_RTD.device)].cpu()
+                parts.append((x_nD, part.ids[part.real], first + row_n, position_n))
                 first += len(part.ids)
-        if not parts or sum(len(part[0]) for part in parts) == 0:
-            raise ValueError("data: the evaluation's text holds no token besides BOS, EOS and padding")
-        x, ids, row, position = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return {"x": x, "ids": ids, "row": row, "position": position}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What an evaluation that needs no language model of ours gets in place of a bench."""
-
-    tokens: int
-    seed: int
-    console: Console
-    device: torch.device
-    cache: Cache
-    model: str | None = None
-    """Name of the language model that replaces the one in each SAE's file."""
+        x_nD, ids_n, row_n, position_n = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return {"x": x_nD, "ids": ids_n, "row": row_n, "position": position_n}
 
 
 def rows_digest(batches: Sequence[Rows]) -> str:
-    """What activations of rows depend on besides the model, and which positions of them are real."""
+    """Digest of what activations of rows depend on besides the model, and of which positions are real."""
     digest = hashlib.sha256()
     for part in batches:
         digest.update(f"{tuple(part.ids.shape)}".encode() + part.ids.numpy().tobytes() + part.real.numpy().tobytes())
     return digest.hexdigest()
 
 
-Place = TypeVar("Place", Bench, Setting)
 Evaluation = Callable[[Bench, dict[str, SAE]], Iterator[Outcome]]
-"""Yields each SAE's outcome as soon as it is there, so that it can be written before the next one fails."""
-ModelFree = Callable[[Setting, dict[str, SAE]], Iterator[Outcome]]
-"""The same for an evaluation that reads SAEs, and data that their own folders name, without a language model."""
-
-
-def each(
-    evaluation: str, one: Callable[[Place, str, SAE], Outcome]
-) -> Callable[[Place, dict[str, SAE]], Iterator[Outcome]]:
-    """An evaluation that takes SAEs one by one; the failure of one is its outcome and stops no other."""
-
-    def run(bench: Place, saes: dict[str, SAE]) -> Iterator[Outcome]:
-        for name, sae in saes.items():
-            try:
-                outcome = one(bench, name, sae)
-            except FAILURES as error:
-                outcome = failure(name, evaluation, error)
-            yield outcome
-
-    return run
-
-
-def failure(name: str, evaluation: str, error: Exception) -> Outcome:
-    """The outcome of an evaluation that raised `error`."""
-    return Outcome(name, evaluation, error=f"{type(error).__name__}: {error}")
+"""Yields each SAE's outcome as soon as it is known, so that it can be written before the next one fails."""

@@ -21,12 +21,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from c2r.activations.counting import Counting, counting_of
-from c2r.eval.bench import FAILURES, Bench, Outcome, failure, progress_bar
+from c2r.eval.bench import Bench
 from c2r.eval.fidelity import Fidelity
+from c2r.eval.outcome import FAILURES, Outcome, failure
 from c2r.eval.results import Histogram, Metrics, histogram
 from c2r.language_model.model import LanguageModel
 from c2r.language_model.passes import Pass, Passes
 from c2r.neighbors import nearest_neighbors
+from c2r.progress import progress_bar
 from c2r.sae.model import SAE
 from c2r.text.packing import Rows
 
@@ -226,7 +228,7 @@ def run_core(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
     """The core evaluation on the bench's text, all SAEs in one pass."""
     failed: dict[str, Exception] = {}
     with progress_bar(bench.console) as bar:
-        task = bar.add_task("core evaluation", total=bench.tokens, unit="tokens")
+        task = bar.add_task("core evaluation", total=bench.config.tokens, unit="tokens")
         results = evaluate_core(
             bench.lm,
             saes,
@@ -240,8 +242,10 @@ def run_core(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
     for name, result in results.items():
         every = result.core["with_outliers"]
         seen = int(every["total_tokens"])
-        if seen < bench.tokens:
-            bench.console.print(f"[yellow]{escape(name)}: the text ended after {seen:,} of {bench.tokens:,} tokens[/]")
+        if seen < bench.config.tokens:
+            bench.console.print(
+                f"[yellow]{escape(name)}: the text ended after {seen:,} of {bench.config.tokens:,} tokens[/]"
+            )
         counting = counting_of(saes[name].config)
         if note := _of_outliers(result, counting):
             bench.console.print(f"[yellow]{escape(name)}: {note}[/]")

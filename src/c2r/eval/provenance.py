@@ -120,7 +120,7 @@ def model_of(
         if given is None:
             raise ValueError(
                 "the SAE was trained on known features and reads no language model; "
-                "--suite: accepted are recovery, stability"
+                "suites: accepted are recovery, stability"
             )
     else:
         given = _foreign_model(config["metadata"], name, by_hand)

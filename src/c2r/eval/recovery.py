@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from c2r.config.known_features import SyntheticConfig, of_preset
-from c2r.eval.bench import Outcome, Setting, each, progress_bar
+from c2r.eval.bench import Bench
 from c2r.eval.fidelity import Fidelity
+from c2r.eval.outcome import Outcome, each
 from c2r.eval.stability import matched_cosine
 from c2r.known_features.generator import KnownFeatures, Sample
 from c2r.known_features.presets import known_features
+from c2r.progress import progress_bar
 from c2r.sae.model import SAE
 
 ABSORBED_SHARE = 0.4
@@ -149,14 +151,14 @@ def preset_of(config: dict[str, Any]) -> SyntheticConfig:
     return of_preset(data)
 
 
-def evaluate_recovery(setting: Setting, name: str, sae: SAE) -> Outcome:
+def evaluate_recovery(bench: Bench, name: str, sae: SAE) -> Outcome:
     """Recovery of the features that the SAE was trained on, with fidelity beside it."""
     config = preset_of(sae.config)
     features = known_features(config)
     found = Recovery(sae, features)
-    with progress_bar(setting.console) as bar:
-        task = bar.add_task(f"recovery {name}", total=setting.tokens)
-        for sample in features.held_out(setting.tokens, setting.seed):
+    with progress_bar(bench.console) as bar:
+        task = bar.add_task(f"recovery {name}", total=bench.config.tokens)
+        for sample in features.held_out(bench.config.tokens, bench.config.seed):
             found.add(sample)
             bar.advance(task, len(sample.x_BD))
     recovery, fidelity = found.metrics(), found.fidelity.metrics()

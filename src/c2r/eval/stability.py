@@ -20,7 +20,8 @@ from rich.markup import escape
 from torch import Tensor
 from torch.nn import functional as F
 
-from c2r.eval.bench import Outcome, Setting
+from c2r.eval.bench import Bench
+from c2r.eval.outcome import Outcome
 from c2r.sae.model import SAE
 
 LARGEST, SAMPLED = 8192, 2048
@@ -52,7 +53,7 @@ def random_agreement(width: int, d_in: int, seed: int = 0) -> float:
     return agreement(a_FD, b_FD, seed)
 
 
-def run_stability(setting: Setting, saes: dict[str, SAE]) -> Iterator[Outcome]:
+def run_stability(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
     """Each SAE's mean agreement with the others, and the random floor."""
     names = list(saes)
     shapes = {name: (sae.width, sae.d_in) for name, sae in saes.items()}
@@ -61,11 +62,11 @@ def run_stability(setting: Setting, saes: dict[str, SAE]) -> Iterator[Outcome]:
         yield from (Outcome(name, EVALUATION, error=fault) for name in names)
         return
     for doubt in doubts([sae.config for sae in saes.values()]):
-        setting.console.print(f"[yellow]stability: {escape(doubt)}[/]")
-    floor = random_agreement(*shapes[names[0]], setting.seed)
+        bench.console.print(f"[yellow]stability: {escape(doubt)}[/]")
+    floor = random_agreement(*shapes[names[0]], bench.config.seed)
     found: dict[frozenset[str], float] = {}
     for one, other in itertools.combinations(sorted(names), 2):  # of which one is sampled: not the order of arguments
-        found[frozenset((one, other))] = agreement(saes[one].W_dec, saes[other].W_dec, setting.seed)
+        found[frozenset((one, other))] = agreement(saes[one].W_dec, saes[other].W_dec, bench.config.seed)
     for name in names:
         others = {other: found[frozenset((name, other))] for other in names if other != name}
         mean = statistics.fmean(others.values())

@@ -1,33 +1,33 @@
-"""Evaluate SAE folders: the model loaded once, every SAE on the same text, one JSON an evaluation and SAE."""
+"""Evaluate SAE folders: the model is loaded once, every SAE sees the same text, each result is its own JSON file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 
 from c2r.activations.identify import Identity, identity_of
-from c2r.config.base import at_home
+from c2r.config.evaluations import EvaluationConfig
+from c2r.config.faults import checked_section
 from c2r.config.run import ModelConfig
-from c2r.config.text import DataConfig
-from c2r.eval.absorption.evaluation import AbsorptionEvaluation, run_absorption
+from c2r.eval.absorption.evaluation import run_absorption
 from c2r.eval.audit.evaluation import run_audit
 from c2r.eval.autointerp.evaluation import NEEDED, run_autointerp
-from c2r.eval.autointerp.judge import JudgeConfig, endpoint_of
-from c2r.eval.bench import FAILURES, Bench, Cache, Evaluation, ModelFree, Outcome, Setting, failure
+from c2r.eval.autointerp.judge import endpoint_of
+from c2r.eval.bench import Bench, Evaluation, Reading
 from c2r.eval.core import run_core
+from c2r.eval.disk_cache import Cache
+from c2r.eval.outcome import FAILURES, Outcome, Results, Summary, failure
 from c2r.eval.probing.evaluation import run_probing
 from c2r.eval.probing.labelled import check_labelled
 from c2r.eval.provenance import data_of, model_of, text_of_all
 from c2r.eval.recovery import run_recovery
 from c2r.eval.results import unfinished, write_result
-from c2r.eval.saebench.evaluation import PREFIX, foreign_suites
+from c2r.eval.saebench.evaluation import FOREIGN, PREFIX, run_foreign
 from c2r.eval.saebench.handover import check_installed
 from c2r.eval.splitting.evaluation import run_splitting
 from c2r.eval.stability import run_stability
@@ -37,120 +37,116 @@ from c2r.language_model.model import load_language_model
 from c2r.machine import pick_device
 from c2r.sae.model import SAE
 from c2r.storage import check_writable
-from c2r.text.packing import check_source
+from c2r.text.packing import check_source, held_out_kept
 
-Summary = dict[str, float | None]
-Run = Callable[[dict[str, SAE]], Iterator[Outcome]]
-SUITES: dict[str, Evaluation] = {
-    "core": run_core,
-    "absorption": run_absorption,
-    "splitting": run_splitting,
-    "probing": run_probing,
-    "autointerp": run_autointerp,
-    "audit": run_audit,
+
+class Suite(NamedTuple):
+    """One evaluation by its name."""
+
+    run: Evaluation
+    reads_text: bool = True
+    """Whether it needs the language model and the text; if no suite does, neither is loaded."""
+
+
+SUITES: dict[str, Suite] = {
+    "core": Suite(run_core),
+    "absorption": Suite(run_absorption),
+    "splitting": Suite(run_splitting),
+    "probing": Suite(run_probing),
+    "autointerp": Suite(run_autointerp),
+    "audit": Suite(run_audit),
+    "recovery": Suite(run_recovery, reads_text=False),
+    "stability": Suite(run_stability, reads_text=False),
+    **{PREFIX + name: Suite(run_foreign(name), reads_text=False) for name in FOREIGN},
 }
-"""Name on the command line → evaluation. A new evaluation is a function and a row."""
-MODEL_FREE: dict[str, ModelFree] = {"recovery": run_recovery, "stability": run_stability} | foreign_suites()
-"""The same for those that need no language model of ours; where no other is asked for, none is loaded."""
-
-
-class EvaluationError(ValueError):
-    """Some evaluations failed; all others are written, and are in `results` as `evaluate` returns them."""
-
-    def __init__(self, failed: list[str], results: dict[str, Summary]) -> None:
-        lines = "\n".join(f"  {line}" for line in failed)
-        super().__init__(f"evaluations failed, the others are written:\n{lines}")
-        self.results = results
+"""A new evaluation is a function and a row."""
 
 
 def evaluate(
-    folders: list[Path],
-    out: Path | None = None,
+    folders: Sequence[Path | str],
+    out: Path | str | None = None,
+    config: EvaluationConfig | None = None,
     *,
-    suites: tuple[str, ...] = ("core", "splitting"),
-    model: str | None = None,
-    layer: int | None = None,
-    hook: str | None = None,
-    data: dict[str, Any] | None = None,
-    tokens: int = 50_000,
-    seed: int = 0,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    cache: Path | None = None,
-    judge: JudgeConfig | None = None,
-    probe_data: str | None = None,
-    absorption: AbsorptionEvaluation | None = None,
     console: Console | None = None,
-) -> dict[str, Summary]:
+    **settings: Any,
+) -> Results:
     """Evaluate SAEs that read the same hook point; every result is on disk as soon as it is known.
 
-    Decoder norms are folded first, so that an SAE has the same figures however its norms are written.
+    Decoder norms are folded into the activations first, so an SAE has the same figures however its norms are stored.
+    If one SAE or evaluation fails, all others still complete; `Results.failed` lists the failures.
 
     Arguments:
-        folders: SAE folders, c2r's or SAELens's.
+        folders: SAE folders written by c2r or SAELens.
         out: where result files go; None: `evaluations/` beside each SAE folder.
-        suites: names in `SUITES` and `MODEL_FREE`.
-        model: name of the language model; None: the one each SAE was trained on.
-        data: settings of the text (`DataConfig`) that replace those of training. The part that training left
-            out is read, where there is one; else all, which is said. SAEs of different text need a text named here.
-        layer: block that the SAEs read, counted from 0; None: what each file says.
-        hook: hook point in that block (resid_pre, resid_post, mlp_out, attn_out); None: what each file says.
-        tokens: real tokens to evaluate on.
-        trust_remote_code: whether code that a model brings may run; an SAE's own word on that is not taken.
-        cache: folder for activations; None: `$C2R_CACHE`, or `c2r` in the user's cache folder.
-        judge: whom autointerp asks.
-        probe_data: labelled texts for "probing", a .jsonl file or a data set; None: the standard library's.
-        absorption: settings of "absorption" (seeds, prompts, thresholds); None: the canonical ones.
-
-    Returns:
-        What the table shows of each SAE, by name.
+        config: the settings.
+        console: where progress is shown; None: the standard error.
+        settings: fields of `EvaluationConfig` by name, which replace those of `config`, such as
+            `suites=("core", "absorption")` or `tokens=20_000`.
 
     Raises:
-        ValueError: an unknown suite, a folder that is no SAE, SAEs of different hook points or different text, a model
-            that does not fit, or text without tokens.
-        EvaluationError: at the very end, when all other results are written: evaluations that failed, or whose result
-            could not be written where it belongs; it is then in a temporary folder that the message names.
+        ValueError: a setting that is refused, an unknown suite, a folder without an SAE, SAEs of different hook points
+            or different text, a model that does not fit, or text without tokens; raised before any evaluation.
     """
     console = console or Console(stderr=True)
-    model, probe_data = (None if name is None else at_home(name) for name in (model, probe_data))
-    for suite in suites:
-        if suite not in SUITES | MODEL_FREE:
-            raise ValueError(f"--suite: got {suite!r}; accepted are {', '.join(SUITES | MODEL_FREE)}")
-    if "autointerp" in suites:
-        if judge is None:
-            raise ValueError(NEEDED)
-        endpoint_of(judge)
-    if any(suite.startswith(PREFIX) for suite in suites):
-        if layer is not None or hook is not None:
-            raise ValueError(f"layer, hook: given beside {PREFIX}…, where each SAE's file says what it reads")
-        check_installed()
-    if tokens < 1:
-        raise ValueError(f"--tokens: got {tokens}; accepted are whole numbers ≥ 1")
+    given = dict(config or {}) | {name: value for name, value in settings.items() if value is not None}
+    config = checked_section(EvaluationConfig, given)
     if not folders:
-        raise ValueError("no SAE folder given")
-    if probe_data is not None:
-        check_labelled(probe_data)
-    chosen_device = pick_device(device)
-    names = _names([folder.expanduser() for folder in folders])
-    saes = {name: load_sae(folder).with_unit_rows().to(chosen_device) for name, folder in names.items()}
-    out = None if out is None else out.expanduser()
-    results = {name: out or folder.parent / "evaluations" for name, folder in names.items()}
-    for folder in dict.fromkeys(results.values()):
+        raise ValueError("folders: got none; give the folder of at least one SAE")
+    _check_suites(config)
+    device = pick_device(config.device)
+    names = _names([Path(folder).expanduser() for folder in folders])
+    saes = {name: load_sae(folder).with_unit_rows().to(device) for name, folder in names.items()}
+    where = {
+        name: folder.parent / "evaluations" if out is None else Path(out).expanduser() for name, folder in names.items()
+    }
+    for folder in dict.fromkeys(where.values()):
         check_writable(folder, "out")
-    kept = Cache(cache)
-    settings: dict[str, Any] = {"tokens": tokens, "seed": seed}
-    alone = Setting(tokens, seed, console, chosen_device, kept, model)
-    runs: dict[str, Run] = {suite: partial(run, alone) for suite, run in MODEL_FREE.items()}
-    bench, identity = None, {"activations": ACTIVATIONS, "code": versions()}
-    if not set(suites) <= set(MODEL_FREE):
-        models = {}
-        for name, sae in saes.items():
-            with _naming(names[name]):
-                models[name] = model_of(sae.config, model, trust_remote_code, layer=layer, hook=hook)
-                data_of(sae.config, data or {})  # so that what is wrong is said with its folder
-        text = text_of_all({name: sae.config for name, sae in saes.items()}, data or {})
-        bench = _bench(saes, models, text, tokens, seed, chosen_device, kept, console)
-        bench.judge, bench.probe_data = judge, probe_data
+    bench = Bench(config, Cache(config.cache), console, device)
+    if any(SUITES[suite].reads_text for suite in config.suites):
+        bench.reading = _reading(saes, names, bench)
+    recorded = _recorded(bench, saes)
+    figures: dict[str, Summary] = {name: unfinished(sae.config) for name, sae in saes.items()}
+    for name, cut in ((name, cut) for name, cut in figures.items() if cut):
+        console.print(
+            f"[yellow]{name}: training was stopped after {cut['trained_tokens']:,} of {cut['train_tokens']:,} tokens; "
+            "its figures are those of an unfinished SAE[/]", soft_wrap=True,
+        )  # fmt: skip
+    results = Results(figures, {name: [] for name in saes}, [])
+    for suite in config.suites:
+        # sae-bench loads a language model of its own.
+        with bench.lm_on_cpu() if suite.startswith(PREFIX) else nullcontext():
+            for outcome in _outcomes(suite, bench, saes):
+                _keep(outcome, results, where[outcome.sae], saes[outcome.sae], recorded[outcome.sae], console)
+    return results
+
+
+def _check_suites(config: EvaluationConfig) -> None:
+    """Refuse what a suite could not do, before anything is loaded.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    for suite in config.suites:
+        if suite not in SUITES:
+            raise ValueError(f"suites: got {suite!r}; accepted are {', '.join(SUITES)}")
+    if "autointerp" in config.suites:
+        if config.judge is None:
+            raise ValueError(NEEDED)
+        endpoint_of(config.judge)
+    if any(suite.startswith(PREFIX) for suite in config.suites):
+        for name, value in (("layer", config.layer), ("hook", config.hook)):
+            if value is not None:
+                raise ValueError(f"{name}: got {value!r}, but {PREFIX}… takes the hook point from each SAE's file")
+        check_installed()
+    if config.probe_data is not None:
+        check_labelled(config.probe_data)
+
+
+def _recorded(bench: Bench, saes: dict[str, SAE]) -> dict[str, dict[str, Any]]:
+    """What each SAE's result files say of settings and identities."""
+    settings: dict[str, Any] = {"tokens": bench.config.tokens, "seed": bench.config.seed}
+    identity: Identity = {"activations": ACTIVATIONS, "code": versions()}
+    if bench.reading is not None:
         settings |= {
             "model": bench.model.model_dump(mode="json"),
             "data": bench.data.model_dump(mode="json"),
@@ -158,51 +154,40 @@ def evaluate(
         }
         identity = identity_of(bench.data, bench.lm, held_out=True)
         for name, sae in saes.items():
-            _say_of_another_model(name, sae, identity, console)
-        runs |= {suite: partial(run, bench) for suite, run in SUITES.items()}
-        if absorption is not None:
-            runs["absorption"] = partial(run_absorption, bench, settings=absorption)
+            _say_of_another_model(name, sae, identity, bench.console)
     digests = {name: of_tensors(sorted(sae.state_dict().items())) for name, sae in saes.items()}
-    summaries: dict[str, Summary] = {name: unfinished(sae.config) for name, sae in saes.items()}
-    for name, cut in ((name, cut) for name, cut in summaries.items() if cut):
-        console.print(
-            f"[yellow]{name}: training was stopped after {cut['trained_tokens']:,} of {cut['train_tokens']:,} tokens; "
-            "its figures are those of an unfinished SAE[/]", soft_wrap=True,
-        )  # fmt: skip
-    failed: list[str] = []
-    for suite in suites:
-        # sae-bench loads a language model of its own.
-        with bench.lm_on_cpu() if bench is not None and suite.startswith(PREFIX) else nullcontext():
-            for outcome in _outcomes(suite, runs[suite], saes):
-                if outcome.error is not None:
-                    failed.append(f"{outcome.sae}, {outcome.evaluation}: {outcome.error}")
-                    console.print(f"[red]{escape(failed[-1])}[/]")
-                    continue
-                summaries[outcome.sae] |= outcome.summary
-                sae = saes[outcome.sae]
-                try:
-                    write_result(
-                        results[outcome.sae],
-                        evaluation=outcome.evaluation,
-                        sae_name=outcome.sae,
-                        sae_config=sae.config,
-                        config=settings | {"identity": identity | {"sae": digests[outcome.sae]}} | outcome.config,
-                        metrics=outcome.metrics,
-                        details=outcome.details,
-                        unstructured=outcome.unstructured | {"summary": outcome.summary | unfinished(sae.config)},
-                        file=outcome.file,
-                        console=console,
-                    )
-                except ValueError as error:
-                    failed.append(f"{outcome.sae}, {outcome.evaluation}: {error}")
-                    console.print(f"[red]{escape(failed[-1])}[/]")
-    if failed:
-        raise EvaluationError(failed, summaries)
-    return summaries
+    return {name: settings | {"identity": identity | {"sae": digest}} for name, digest in digests.items()}
+
+
+def _keep(
+    outcome: Outcome, results: Results, folder: Path, sae: SAE, recorded: dict[str, Any], console: Console
+) -> None:
+    """Write an outcome's result file and enter it into the results."""
+    if outcome.error is None:
+        results.figures[outcome.sae].update(outcome.summary)
+        try:
+            path = write_result(
+                folder,
+                evaluation=outcome.evaluation,
+                sae_name=outcome.sae,
+                sae_config=sae.config,
+                config=recorded | outcome.config,
+                metrics=outcome.metrics,
+                details=outcome.details,
+                unstructured=outcome.unstructured | {"summary": outcome.summary | unfinished(sae.config)},
+                file=outcome.file,
+                console=console,
+            )
+            results.files[outcome.sae].append(path)
+        except ValueError as error:
+            outcome.error = str(error)
+    if outcome.error is not None:
+        results.failed.append(f"{outcome.sae}, {outcome.evaluation}: {outcome.error}")
+        console.print(f"[red]{escape(results.failed[-1])}[/]")
 
 
 def _say_of_another_model(name: str, sae: SAE, identity: Identity, console: Console) -> None:
-    """Say that an SAE is read on another model or tokenizer than it was trained on, where its file tells."""
+    """Warn if an SAE is evaluated on another model or tokenizer than it was trained on, as far as its file says."""
     trained = sae.config.get("c2r", {}).get("identity", {})
     parts = {part: trained[part] for part in ("model", "tokenizer") if part in trained}
     found = differences(parts, identity, "in training", "now")
@@ -210,52 +195,61 @@ def _say_of_another_model(name: str, sae: SAE, identity: Identity, console: Cons
         console.print(f"[yellow]{name} was trained on another model: {'; '.join(found)}[/]", soft_wrap=True)
 
 
-def _outcomes(suite: str, run: Run, saes: dict[str, SAE]) -> Iterator[Outcome]:
-    """A suite's outcomes; what it raises as a whole is the failure of every SAE that has none yet."""
+def _outcomes(suite: str, bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
+    """A suite's outcomes; if it fails as a whole, every SAE that has none yet gets a failure."""
     without = list(saes)
     try:
-        for outcome in run(saes):
+        for outcome in SUITES[suite].run(bench, saes):
             without.remove(outcome.sae)
             yield outcome
     except FAILURES as error:
         yield from (failure(name, suite, error) for name in without)
 
 
-def _bench(
-    saes: dict[str, SAE],
-    models: dict[str, ModelConfig],
-    text: DataConfig,
-    tokens: int,
-    seed: int,
-    device: torch.device,
-    cache: Cache,
-    console: Console,
-) -> Bench:
-    """Load the language model that all of `saes` read.
+def _reading(saes: dict[str, SAE], folders: dict[str, Path], bench: Bench) -> Reading:
+    """Load the language model and find the text that all of `saes` read.
 
     Raises:
         ValueError: SAEs of different hook points or text, or of another width than the model's activations.
     """
-    first = next(iter(models.values()))
-    for name, other in models.items():
-        if other != first:
-            raise ValueError(f"{name} reads {other}, but {next(iter(models))} reads {first}; evaluate them apart")
+    config, models = bench.config, {}
+    for name, sae in saes.items():
+        with _naming(folders[name]):
+            models[name] = model_of(
+                sae.config, config.model, config.trust_remote_code, layer=config.layer, hook=config.hook
+            )
+            data_of(sae.config, config.data)  # so that an error names its folder
+    text = text_of_all({name: sae.config for name, sae in saes.items()}, config.data)
+    model = _the_model(models)
     check_source(text)
-    lm = load_language_model(first, device)
-    lm.check_data(text, first.name)
+    lm = load_language_model(model, bench.device)
+    lm.check_data(text, model.name)
     for name, sae in saes.items():
         if sae.d_in != lm.d_in:
             raise ValueError(f"{name}: the SAE reads activations of width {sae.d_in}, the model's have {lm.d_in}")
-    console.print(f"evaluating on {text.path or text.source}, rows of {text.context} tokens", highlight=False)
-    bench = Bench(lm, first, text, tokens, seed, cache, console)
-    if not bench.held_out:
-        console.print("[yellow]this source keeps no part from training; the text may have been trained on[/]")
-    return bench
+    bench.console.print(f"evaluating on {text.path or text.source}, rows of {text.context} tokens", highlight=False)
+    reading = Reading(lm, model, text)
+    if not held_out_kept(text):
+        bench.console.print("[yellow]this source has no held-out part; the SAEs may have been trained on the text[/]")
+    return reading
+
+
+def _the_model(models: dict[str, ModelConfig]) -> ModelConfig:
+    """The model and hook point that all SAEs read.
+
+    Raises:
+        ValueError: they differ.
+    """
+    first = next(iter(models.values()))
+    for name, other in models.items():
+        if other != first:
+            raise ValueError(f"{name} reads {other}, but {next(iter(models))} reads {first}; evaluate them separately")
+    return first
 
 
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """Say in which folder `cfg.json` has the fault that is found."""
+    """Name the folder whose `cfg.json` has an error."""
     try:
         yield
     except ValueError as error:
@@ -263,11 +257,9 @@ def _naming(folder: Path) -> Iterator[None]:
 
 
 def _names(folders: list[Path]) -> dict[str, Path]:
-    """A name a folder: its own, with its parent's where that is needed to tell them apart."""
+    """A name per folder: its own, with its parent's if that is needed to tell them apart."""
     own = [folder.resolve().name for folder in folders]
     names = own if len(set(own)) == len(own) else [f"{f.resolve().parent.name}_{f.resolve().name}" for f in folders]
     if len(set(names)) < len(names):
-        raise ValueError(
-            f"SAE folders: {', '.join(map(str, folders))} cannot be told apart by name; evaluate them apart"
-        )
+        raise ValueError(f"folders: {', '.join(map(str, folders))} have the same names; evaluate them separately")
     return dict(zip(names, folders, strict=True))

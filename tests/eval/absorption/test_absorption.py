@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from builders import ROOT
+from c2r.config.evaluations import AbsorptionSettings
 from c2r.eval.absorption.concepts import Absorption, Encoded, Labelled, absorption, encoded, splits
 from c2r.eval.absorption.probes import LinearProbe
-from c2r.eval.absorption.scoring import AbsorptionSettings, score_samples
+from c2r.eval.absorption.scoring import score_samples
 from c2r.eval.absorption.sparse_probes import l1_probe
 from c2r.kernels.codes import from_dense
 from c2r.sae.model import SAE

@@ -141,7 +141,7 @@ def test_text_that_would_spoil_the_page_is_shown_as_signs(foreign: Path, tmp_pat
 def test_mistakes(foreign: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, says in (
         ([str(foreign / "none")], "not an SAE folder"),
-        ([str(foreign), "--tokens", "0"], "--tokens: got 0"),
+        ([str(foreign), "--tokens", "0"], "--tokens: Input should be greater than or equal to 1 (got 0)"),
         ([str(foreign), "--source", "files"], "path: nothing given"),
         ([str(foreign), "--model", "nowhere/such"], "model.name: cannot load 'nowhere/such'"),
     ):

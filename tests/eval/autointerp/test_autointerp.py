@@ -19,15 +19,15 @@ import transformers
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from builders import TEXT
+from builders import TEXT, bench_of
 from c2r.cli import main
+from c2r.config.evaluations import JudgeConfig, Patience
 from c2r.config.run import ModelConfig
 from c2r.config.text import DataConfig
 from c2r.eval.autointerp.detection import Nonsense, read_explanation, read_numbers
-from c2r.eval.autointerp.endpoint import Patience
 from c2r.eval.autointerp.evaluation import run_autointerp
-from c2r.eval.autointerp.judge import JudgeConfig
-from c2r.eval.bench import Bench, Cache, Outcome, TextActivations
+from c2r.eval.bench import Bench, TextActivations
+from c2r.eval.outcome import Outcome
 from c2r.sae.model import SAE
 from stub_judge import Reply, StubJudge, coin, fault, oracle, question_of, said
 
@@ -50,11 +50,10 @@ def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def bench_at(url: str, cache: Path, **judge: Any) -> Bench:
     """A text of `TOKENS` random words in rows of 64, x the word's one-hot vector times a random strength."""
-    config = JudgeConfig(url, "stub", **{"latents": 12, "patience": Patience(5.0, 3, 0.01), **judge})
-    bench = Bench(
-        SimpleNamespace(tokenizer=word_tokenizer()), ModelConfig(), DataConfig(), TOKENS, 0, Cache(cache),
-        Console(quiet=True), config,
-    )  # fmt: skip
+    patience = Patience(timeout=5.0, attempts=3, first_wait=0.01)
+    config = JudgeConfig(url=url, model="stub", **{"latents": 12, "patience": patience, **judge})
+    lm = SimpleNamespace(tokenizer=word_tokenizer())
+    bench = bench_of(lm, ModelConfig(), DataConfig(), TOKENS, 0, cache, judge=config)
     rng = np.random.default_rng(0)
     ids = torch.from_numpy(rng.integers(0, WORDS, TOKENS))
     strength = torch.from_numpy(rng.uniform(0.5, 2.0, TOKENS).astype(np.float32))
@@ -138,7 +137,7 @@ def test_the_budget_comes_first(tmp_path: Path) -> None:
         bench = bench_at(stub.url, tmp_path, max_requests=47)
         bench.console = Console(width=200, file=io.StringIO())
         first, second = run_autointerp(bench, {"a": word_sae(), "b": word_sae(-0.7)})
-        assert first.error == second.error == "--max-requests: got 47, but 48 are needed; nothing was asked"
+        assert first.error == second.error == "judge.max_requests: got 47, but 48 are needed; nothing was asked"
         assert stub.bodies == []
         shown = bench.console.file.getvalue()
         assert "48 requests, about " in shown
@@ -161,7 +160,7 @@ def test_faults_that_pass_change_nothing(tmp_path: Path) -> None:
         return bad[number % 5] if number % 3 == 0 else oracle(number, body)
 
     with StubJudge(moody) as stub:
-        outcome = outcome_of(bench_at(stub.url, tmp_path, patience=Patience(5.0, 8, 0.01)))
+        outcome = outcome_of(bench_at(stub.url, tmp_path, patience=Patience(timeout=5.0, attempts=8, first_wait=0.01)))
     assert outcome.metrics["autointerp"]["autointerp_score"] == 1.0
     assert outcome.metrics["latents"]["failed"] == 0
     assert len(stub.bodies) > 24
@@ -216,8 +215,8 @@ def test_a_wrong_key_ends_it_at_once(tmp_path: Path) -> None:
 
 def test_without_a_judge(tmp_path: Path) -> None:
     bench = bench_at("http://localhost:1/v1", tmp_path)
-    bench.judge = None
-    assert "--judge-url, --judge-model: not given" in (outcome_of(bench).error or "")
+    bench.config = bench.config.model_copy(update={"judge": None})
+    assert "judge: not given" in (outcome_of(bench).error or "")
 
 
 def test_an_sae_without_windows_leaves_the_other(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from c2r.eval.autointerp.endpoint import Endpoint, JudgeDown, JudgeError, Patience, _seconds
+from c2r.config.evaluations import Patience
+from c2r.eval.autointerp.endpoint import Endpoint, JudgeDown, JudgeError, _seconds
 from stub_judge import Reply, StubJudge, fault, said
 
 SECRET = "sk-secret-0123456789"
@@ -71,7 +72,7 @@ def test_retry_after_is_kept_to() -> None:
 
 def test_waits_double() -> None:
     with StubJudge(in_turn(fault(500))) as stub, pytest.raises(JudgeError, match=r"status 500: no \(4 tries\)"):
-        ask(stub, QUICK._replace(first_wait=0.08))
+        ask(stub, QUICK.model_copy(update={"first_wait": 0.08}))
     gaps = [b - a for a, b in zip(stub.times, stub.times[1:], strict=False)]
     assert len(gaps) == 3
     for gap, planned in zip(gaps, (0.08, 0.16, 0.32), strict=True):
@@ -81,9 +82,9 @@ def test_waits_double() -> None:
 @pytest.mark.parametrize("slow", [{"delay": 0.6}, {"drip": 0.05}])
 def test_slow_answers_are_given_up_and_tried_again(slow: dict[str, float]) -> None:
     with StubJudge(in_turn(said("late", **slow), said("good"))) as stub:
-        assert ask(stub, QUICK._replace(timeout=0.3)) == "good"
+        assert ask(stub, QUICK.model_copy(update={"timeout": 0.3})) == "good"
     with StubJudge(in_turn(said("late", **slow))) as stub, pytest.raises(JudgeError, match=r"connection lost.*2 tries"):
-        ask(stub, QUICK._replace(timeout=0.3, attempts=2))
+        ask(stub, QUICK.model_copy(update={"timeout": 0.3, "attempts": 2}))
 
 
 @pytest.mark.parametrize(

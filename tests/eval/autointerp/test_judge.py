@@ -1,11 +1,15 @@
 """What a judge remembers, and the settings it refuses."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from c2r.eval.autointerp.endpoint import JudgeDown, JudgeError, Patience
-from c2r.eval.autointerp.judge import FAILURES_IN_A_ROW, Judge, JudgeConfig, judge_of
+from c2r.cli import main
+from c2r.config.evaluations import JudgeConfig, Patience
+from c2r.config.faults import checked_section
+from c2r.eval.autointerp.endpoint import JudgeDown, JudgeError
+from c2r.eval.autointerp.judge import FAILURES_IN_A_ROW, Judge
 from stub_judge import StubJudge, fault, said
 
 SECRET = "sk-secret-0123456789"
@@ -18,7 +22,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def judge_at(url: str, folder: Path, model: str = "m", **options: object) -> Judge:
-    return Judge(JudgeConfig(url, model, options=options, patience=QUICK), folder, {"C2R_JUDGE_KEY": SECRET})
+    return Judge(JudgeConfig(url=url, model=model, options=options, patience=QUICK), folder, {"C2R_JUDGE_KEY": SECRET})
 
 
 def asked(text: str) -> list[dict[str, str]]:
@@ -85,25 +89,37 @@ def test_an_endpoint_that_only_fails_is_given_up(tmp_path: Path) -> None:
     ],
 )
 def test_addresses_that_are_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="--judge-url: accepted are") as error:
-        JudgeConfig(url, "m")
+    with pytest.raises(ValueError, match=r"url\n.*accepted are") as error:
+        JudgeConfig(url=url, model="m")
     assert "sk-secret" not in str(error.value)
 
 
-def test_settings_that_are_refused() -> None:
-    url = "http://localhost:8000/v1"
-    assert judge_of(None, None, 100, None, None) is None
-    assert judge_of(url, "m", 5, '{"temperature": 0}', 9) == JudgeConfig(url, "m", 5, 9, {"temperature": 0})
-    with pytest.raises(ValueError, match="--judge-model: nothing given"):
-        judge_of(url, None, 100, None, None)
-    with pytest.raises(ValueError, match="--judge-url"):
-        judge_of(None, "m", 100, None, None)
-    for options in ("{", "3", '["temperature"]'):
-        with pytest.raises(ValueError, match=r"--judge-options: got .* accepted is a JSON object"):
-            judge_of(url, "m", 100, options, None)
-    with pytest.raises(ValueError, match="--judge-options: got messages, stream; accepted are other"):
-        JudgeConfig(url, "m", options={"stream": True, "messages": []})
-    with pytest.raises(ValueError, match="--judge-latents: got 0"):
-        JudgeConfig(url, "m", 0)
-    with pytest.raises(ValueError, match="--max-requests: got 0"):
-        JudgeConfig(url, "m", max_requests=0)
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"url": None}, "--judge-url: Field required"),
+        ({"url": "ftp://host"}, "--judge-url: accepted are http"),
+        ({"model": None}, "--judge-model: Field required"),
+        ({"options": "{"}, "--judge-options: got '{'; accepted is a JSON object"),
+        ({"options": "3"}, "--judge-options: got '3'; accepted is a JSON object"),
+        ({"options": '["temperature"]'}, "accepted is a JSON object"),
+        ({"options": '{"stream": true, "messages": []}'}, "--judge-options: got messages, stream; accepted are other"),
+        ({"latents": "0"}, r"--judge-latents: .* \(got 0\)"),
+    ],
+)
+def test_settings_that_are_refused(
+    settings: dict[str, str | None], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"url": "http://localhost:8000/v1", "model": "m", **settings}
+    options = [word for name, value in given.items() if value is not None for word in (f"--judge-{name}", value)]
+    with pytest.raises(SystemExit):
+        main(["eval", "nowhere", "--suite", "autointerp", *options])
+    assert re.search(says, capsys.readouterr().err)
+
+
+def test_settings_of_the_command_line_reach_the_judge() -> None:
+    given = {"url": "http://localhost:8000/v1", "model": "m", "latents": 5, "max_requests": 9}
+    config = checked_section(JudgeConfig, {**given, "options": {"temperature": 0}})
+    assert (config.latents, config.max_requests, config.options) == (5, 9, {"temperature": 0})
+    with pytest.raises(ValueError, match=r"max_requests: .* \(got 0\)"):
+        checked_section(JudgeConfig, {**given, "max_requests": 0})

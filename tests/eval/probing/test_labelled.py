@@ -139,15 +139,15 @@ def test_a_users_mistake_is_named(content: str | None, says: str, tmp_path: Path
     path = tmp_path / "x.jsonl"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ValueError, match=rf"--probe-data: .*{says}"):
+    with pytest.raises(ValueError, match=rf"probe_data: .*{says}"):
         check_labelled(str(path))
 
 
 def test_one_label_is_not_enough(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [{"text": f"t{i}", "label": "a"} for i in range(50)])
-    with pytest.raises(ValueError, match="--probe-data: x: two labels with at least 20"):
+    with pytest.raises(ValueError, match="probe_data: x: two labels with at least 20"):
         labelled_texts(str(path))
-    with pytest.raises(ValueError, match="--probe-data: cannot open data set"):
+    with pytest.raises(ValueError, match="probe_data: cannot open data set"):
         check_labelled(str(tmp_path / "nowhere"))
 
 

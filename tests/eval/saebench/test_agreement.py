@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from builders import ROOT
+from builders import ROOT, bench_of
+from c2r.config.evaluations import FirstLetterSettings
 from c2r.config.run import ModelConfig
 from c2r.config.text import DataConfig
 from c2r.eval.absorption.concepts import Absorption, absorption
-from c2r.eval.absorption.first_letter import LETTERS, Collection, FirstLetterSettings, collect, words_of
+from c2r.eval.absorption.first_letter import LETTERS, Collection, collect, words_of
 from c2r.eval.absorption.probes import LinearProbe
-from c2r.eval.bench import Bench, Cache
 from c2r.eval.core import Fidelity, evaluate_core
 from c2r.language_model.model import LanguageModel, load_language_model
 from c2r.sae.model import SAE, Extra
@@ -65,7 +64,7 @@ def test_core(lm: LanguageModel, sae: SAE, arrays: dict[str, Tensor]) -> None:
 def letters(
     lm: LanguageModel, sae: SAE, arrays: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Absorption, Collection]:
-    bench = Bench(lm, ModelConfig(), DataConfig(), 1, 0, Cache(tmp_path_factory.mktemp("x")), Console(quiet=True))
+    bench = bench_of(lm, ModelConfig(), DataConfig(), 1, 0, tmp_path_factory.mktemp("x"))
     words = words_of(lm.tokenizer, "spaced")
     with pytest.MonkeyPatch.context() as without:  # the probe is given
         without.setattr("c2r.eval.absorption.first_letter.one_vs_rest_probe", lambda *_, **__: probe)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from c2r.config.evaluations import AbsorptionSettings
 from c2r.eval.absorption.probes import LinearProbe, f1_per_class, one_vs_rest_probe
-from c2r.eval.absorption.scoring import AbsorptionSettings, score_samples
+from c2r.eval.absorption.scoring import score_samples
 from c2r.eval.absorption.sparse_probes import k_sparse_f1, l1_probe
 from c2r.kernels.codes import Codes, from_dense, join, take, to_dense
 from c2r.sae.model import SAE

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
-
-from pydantic import ValidationError
 
 from c2r.activations.counting import counting_of
-from c2r.config.base import Frozen, Positive
-from c2r.config.load import set_values
+from c2r.config.evaluations import AbsorptionEvaluation
 from c2r.eval.absorption.concepts import Absorption, ClassResult, absorption
-from c2r.eval.absorption.first_letter import (
-    LETTERS,
-    Collection,
-    FirstLetterSettings,
-    collect,
-    counted_words,
-    draw,
-    words_of,
-)
-from c2r.eval.absorption.scoring import AbsorptionSettings
-from c2r.eval.bench import FAILURES, Bench, Outcome, each, failure, progress_bar
+from c2r.eval.absorption.first_letter import LETTERS, Collection, collect, counted_words, draw, words_of
+from c2r.eval.bench import Bench
 from c2r.eval.counted import say_left_out
+from c2r.eval.outcome import FAILURES, Outcome, each, failure
 from c2r.intervals import interval_95, share_interval_95
+from c2r.progress import progress_bar
 from c2r.sae.model import SAE
 
 EVALUATION = "absorption_first_letter"
@@ -40,54 +29,19 @@ OUT_OF_DOMAIN = (
 )
 
 
-class AbsorptionEvaluation(Frozen):
-    """Settings of the evaluation."""
-
-    seeds: Positive = 3
-    """Draws of the split, the prompts and the probes; the first is the call's seed."""
-    prompts: FirstLetterSettings = FirstLetterSettings()
-    thresholds: AbsorptionSettings = AbsorptionSettings()
-
-
-def absorption_of(changes: Iterable[str]) -> AbsorptionEvaluation | None:
-    """The settings that the command line's `absorption.a.b=c` name; None where there are none.
-
-    Raises:
-        ValueError: another section, an unknown key or a value that is refused; names it.
-    """
-    raw: dict[str, Any] = {}
-    set_values(raw, changes)
-    if unknown := set(raw) - {"absorption"}:
-        raise ValueError(f"--set {min(unknown)}: unknown; accepted is absorption.…, for example absorption.seeds=5")
-    try:
-        return AbsorptionEvaluation.model_validate(raw["absorption"]) if raw else None
-    except ValidationError as error:
-        sections = {"prompts": FirstLetterSettings, "thresholds": AbsorptionSettings}
-        faults = []
-        for fault in error.errors():
-            section = (
-                sections.get(str(fault["loc"][0]), AbsorptionEvaluation) if fault["loc"][1:] else AbsorptionEvaluation
-            )
-            said = f"{fault['msg']} (got {fault['input']!r})"
-            if fault["type"] == "extra_forbidden":
-                said = f"unknown; accepted are {', '.join(section.model_fields)}"
-            faults.append(f"--set {'.'.join(map(str, ('absorption', *fault['loc'])))}: {said}")
-        raise ValueError("; ".join(faults)) from None
-
-
 def run_absorption(
     bench: Bench,
     saes: dict[str, SAE],
-    settings: AbsorptionEvaluation = AbsorptionEvaluation(),  # noqa: B008 (immutable)
 ) -> Iterator[Outcome]:
     """First-letter absorption of each SAE; activations and ground-truth probes are collected once for all."""
+    settings = bench.config.absorption
     kind = settings.prompts.words or ("spaced" if bench.model.name == "embedded" else "all")
     settings = settings.model_copy(update={"prompts": settings.prompts.model_copy(update={"words": kind})})
     try:
         words = words_of(bench.lm.tokenizer, kind)
         what = "words with a leading space" if kind == "spaced" else "vocabulary entries"
         bench.console.print(f"first letters of {len(words):,} {what}, {settings.seeds} seeds", highlight=False)
-        seeds = range(bench.seed, bench.seed + settings.seeds)
+        seeds = range(bench.config.seed, bench.config.seed + settings.seeds)
         for seed in seeds:
             draw(list(words), settings.prompts, seed)  # what cannot be drawn is refused before long work
         collections = [collect(bench, words, settings.prompts, seed) for seed in seeds]

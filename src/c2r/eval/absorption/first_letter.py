@@ -13,42 +13,24 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from c2r.activations.counting import Counting, LeftOut
-from c2r.config.base import Frozen, Positive
+from c2r.config.evaluations import FirstLetterSettings
 from c2r.eval.absorption.concepts import Labelled
 from c2r.eval.absorption.probes import LinearProbe, one_vs_rest_probe
-from c2r.eval.bench import Bench, progress_bar
+from c2r.eval.bench import Bench
 from c2r.language_model.model import LanguageModel
+from c2r.progress import progress_bar
 from c2r.text.packing import bos_of
 from c2r.text.spelling import alphabetic_tokens
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _TRAIN_SHARE = 0.8
 _ROWS = 128
-
-
-class FirstLetterSettings(Frozen):
-    """The prompts, SAEBench's but for `words_per_prompt`."""
-
-    words: Literal["all", "spaced"] | None = None
-    """Vocabulary entries of letters alone: all, or those with a leading space, which are whole words. None: all, but
-    for the embedded model, which never learnt the letters of pieces of words."""
-    template: str = "{word} has the first letter:"
-    """A line of the prompt; examples go on with a space and the letter in upper case."""
-    examples: Annotated[int, Field(ge=0)] = 10
-    """In-context examples before the word's line."""
-    position: Annotated[int, Field(lt=0)] | None = None
-    """Where activations are read, from the prompt's end; None: at the word's token, −6 in SAEBench's template."""
-    words_per_prompt: Positive = 4
-    """Words that stand behind the same draw of examples, which is then read once; SAEBench: 1."""
-    max_words: Positive | None = None
-    """A random sample of the words; None: all."""
 
 
 class Draw(NamedTuple):

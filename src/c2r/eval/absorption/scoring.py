@@ -8,33 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from c2r.config.base import Frozen, Positive, Share
+from c2r.config.evaluations import AbsorptionSettings
 
 SILENT = 1e-8
 """An activation below this counts as none."""
-
-
-class AbsorptionSettings(Frozen):
-    """Thresholds and probes, SAEBench's by default but for `l1_batch`."""
-
-    max_k: Positive = 10
-    """Latents of the largest k-sparse probe."""
-    l1_batch: Positive | None = None
-    """Samples of a batch of the L1 probe that ranks the latents, 4096 in SAEBench; None: see `l1_probe`."""
-    f1_jump: Share = 0.03
-    """What one more latent must add to F1 to count as a split of the class."""
-    min_probe_f1: Share = 0.6
-    """A class counts where the ground-truth probe's F1 is above this."""
-    min_classes: Positive = 20
-    """With fewer such classes the result is not evaluable."""
-    absorber_cosine: Share = 0.1
-    """Least cosine of an absorbing latent with the probe, in the absorption fraction."""
-    absorbers: Positive = 3
-    """Absorbing latents that count in the absorption fraction."""
-    min_projection: Share = 0.4
-    """Least share of the probe's projection that absorbing latents must carry."""
-    full_cosine: Share = 0.025
-    """Least cosine of the one absorbing latent with the probe, in full absorption."""
 
 
 def score_samples(

@@ -31,7 +31,7 @@ def l1_probe(
     1e-5 exponentially over the epochs, L2 1e-6. Three departures. Weights start at 0 and not at random, so that the
     latents' order plays no part, and one that never fires has weight 0. Batches are drawn once and come in another
     order each epoch. And `batch` is 4096 only where that makes at least 16 batches: with few samples, 50 epochs of
-    one batch leave which latent ranks first to chance (docs/evaluations.md has what that does).
+    one batch leave which latent ranks first to chance (docs/reference/metrics.md has what that does).
 
     Arguments:
         batch: samples of a batch; None: 4096, or a sixteenth of the samples where that is less.

@@ -8,10 +8,12 @@ from rich.markup import escape
 
 from c2r.activations.counting import LeftOut
 from c2r.eval.audit.findings import findings, look
-from c2r.eval.bench import Bench, Outcome, each, progress_bar
+from c2r.eval.bench import Bench
 from c2r.eval.counted import counted
+from c2r.eval.outcome import Outcome, each
 from c2r.eval.results import histogram
 from c2r.eval.splitting.reading import pairs_to_read
+from c2r.progress import progress_bar
 from c2r.sae.model import SAE
 
 NOT_LOOKED_AT = (

@@ -16,10 +16,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
-KEY, OPENAI_KEY, OPENAI = "C2R_JUDGE_KEY", "OPENAI_API_KEY", "https://api.openai.com/"
+from c2r.config.evaluations import KEY, Patience
+
+OPENAI_KEY, OPENAI = "OPENAI_API_KEY", "https://api.openai.com/"
 LONGEST_WAIT = 300.0
 """Seconds; an endpoint that asks for more is not waited for."""
 _FATAL = {
@@ -38,16 +40,6 @@ class JudgeError(RuntimeError):
 
 class JudgeDown(RuntimeError):
     """No request can succeed for now; what was answered is kept."""
-
-
-class Patience(NamedTuple):
-    """How long one answer is tried for."""
-
-    timeout: float = 120.0
-    """Seconds for one try."""
-    attempts: int = 6
-    first_wait: float = 1.0
-    """Seconds before the second try, doubled for each further one, unless the endpoint's Retry-After says more."""
 
 
 class Endpoint:

@@ -19,16 +19,19 @@ import numpy as np
 from rich.markup import escape
 
 from c2r.activations.counting import LeftOut
+from c2r.config.evaluations import JudgeConfig
 from c2r.eval.autointerp.detection import Question, judge_latent, unanswered
 from c2r.eval.autointerp.endpoint import JudgeDown
-from c2r.eval.autointerp.judge import Judge, JudgeConfig
+from c2r.eval.autointerp.judge import Judge
 from c2r.eval.autointerp.windows import Counts, Firings, Text, marked, pick, plain
-from c2r.eval.bench import Bench, Outcome, progress_bar
+from c2r.eval.bench import Bench
 from c2r.eval.counted import counted
+from c2r.eval.outcome import Outcome
+from c2r.progress import progress_bar
 from c2r.sae.model import SAE
 
 COUNTS = Counts()
-NEEDED = "--judge-url, --judge-model: not given; autointerp asks a model behind an OpenAI-compatible endpoint"
+NEEDED = "judge: not given; autointerp needs the url and the model of an OpenAI-compatible endpoint"
 
 
 class Plan(NamedTuple):
@@ -81,7 +84,7 @@ def make_plan(bench: Bench, name: str, sae: SAE, latents: int) -> Plan:
     alive = firings.fired_F.nonzero().squeeze(1).numpy()
     questions: list[Question] = []
     passed_over, reason = 0, "none fires"
-    for latent in np.random.default_rng(bench.seed).permutation(alive).tolist():
+    for latent in np.random.default_rng(bench.config.seed).permutation(alive).tolist():
         if len(questions) == latents:
             break
         try:
@@ -89,16 +92,16 @@ def make_plan(bench: Bench, name: str, sae: SAE, latents: int) -> Plan:
         except ValueError as error:
             passed_over, reason = passed_over + 1, f"latent {latent} has {error}"
     if not questions:
-        raise ValueError(f"--tokens: in {len(text.ids_n):,} tokens no latent has windows enough to be judged; {reason}")
+        raise ValueError(f"tokens: in {len(text.ids_n):,} tokens no latent has windows enough to be judged; {reason}")
     return Plan(questions, len(alive), passed_over, found.left_out)
 
 
 def _question(bench: Bench, text: Text, firings: Firings, latent: int) -> Question:
     tokens_K, strength_K = firings.of(latent)
-    examples = pick(text, tokens_K, strength_K, COUNTS, (bench.seed, latent))
+    examples = pick(text, tokens_K, strength_K, COUNTS, (bench.config.seed, latent))
     active = set(tokens_K[strength_K >= COUNTS.floor * strength_K.max()].tolist())
     scored = [(window, True) for window in examples.firing] + [(window, False) for window in examples.silent]
-    np.random.default_rng((bench.seed, latent, 1)).shuffle(scored)
+    np.random.default_rng((bench.config.seed, latent, 1)).shuffle(scored)
     tokenizer = bench.lm.tokenizer
     return Question(
         latent,
@@ -179,33 +182,33 @@ def summarise(name: str, config: JudgeConfig, plan: Plan, found: list[dict[str, 
 
 
 def run_autointerp(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
-    """Explain and score a sample of each SAE's latents by the judge of `bench.judge`.
+    """Explain and score a sample of each SAE's latents by the judge of `bench.config.judge`.
 
     The budget for all SAEs is shown, and held against `max_requests`, before the first request.
     """
     plans: dict[str, Plan] = {}
     try:
-        if bench.judge is None:
+        if bench.config.judge is None:
             raise ValueError(NEEDED)
-        judge = Judge(bench.judge, bench.cache.folder / "judge")
+        judge = Judge(bench.config.judge, bench.cache.folder / "judge")
     except ValueError as error:
         yield from (Outcome(name, "autointerp", error=str(error)) for name in saes)
         return
     for name, sae in saes.items():
         try:
-            plans[name] = make_plan(bench, name, sae, bench.judge.latents)
+            plans[name] = make_plan(bench, name, sae, bench.config.judge.latents)
         except ValueError as error:
             yield Outcome(name, "autointerp", error=str(error))
-    budget, limit = Budget.of(judge, list(plans.values())), bench.judge.max_requests
-    asked = f"autointerp: {bench.judge.model} at {bench.judge.url} reads windows of the text: {budget}"
+    budget, limit = Budget.of(judge, list(plans.values())), bench.config.judge.max_requests
+    asked = f"autointerp: {bench.config.judge.model} at {bench.config.judge.url} reads windows of the text: {budget}"
     bench.console.print(escape(asked), highlight=False)
     if limit is not None and budget.requests > limit:
-        error = f"--max-requests: got {limit}, but {budget.requests} are needed; nothing was asked"
+        error = f"judge.max_requests: got {limit}, but {budget.requests} are needed; nothing was asked"
         yield from (Outcome(name, "autointerp", error=error) for name in plans)
         return
     for name, plan in plans.items():
         try:
-            outcome = summarise(name, bench.judge, plan, judge_plan(bench, judge, plan, name))
+            outcome = summarise(name, bench.config.judge, plan, judge_plan(bench, judge, plan, name))
         except JudgeDown as error:
             outcome = Outcome(name, "autointerp", error=f"{error}; a rerun goes on from the answers that are kept")
         except ValueError as error:

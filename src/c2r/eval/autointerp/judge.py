@@ -7,90 +7,16 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from c2r.eval.autointerp.endpoint import KEY, Endpoint, JudgeDown, JudgeError, Patience
+from c2r.config.evaluations import JudgeConfig
+from c2r.eval.autointerp.endpoint import Endpoint, JudgeDown, JudgeError
 from c2r.eval.results import write_json
 
 Messages = list[dict[str, str]]
 FAILURES_IN_A_ROW = 10
 """So many requests that failed for good, none answered between them, and the endpoint counts as down."""
-
-
-@dataclass(frozen=True)
-class JudgeConfig:
-    """Which judge is asked, for how much.
-
-    Raises:
-        ValueError: a setting that cannot be used; the message names its flag.
-    """
-
-    url: str
-    """Base address of the endpoint, such as https://api.openai.com/v1."""
-    model: str
-    latents: int = 100
-    """Latents of an SAE to be judged, two requests each."""
-    max_requests: int | None = None
-    """What would take more is refused before the first; None has no limit."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further fields of each request, such as temperature or reasoning_effort."""
-    workers: int = 8
-    """Requests under way at once."""
-    patience: Patience = field(default_factory=Patience)
-    key_in_clear: bool = False
-    """Whether the key may be sent to another machine over http, where anyone on the way can read it."""
-
-    def __post_init__(self) -> None:
-        try:
-            address = urlsplit(self.url)
-            usable = address.scheme in ("http", "https") and bool(address.hostname)
-            usable &= not (address.username or address.password or address.query or address.fragment)
-        except ValueError:
-            usable = False
-        if not usable:  # the address is not repeated: it may hold a key
-            raise ValueError(
-                "--judge-url: accepted are http:// and https:// addresses such as https://api.openai.com/v1, without "
-                f"user, query or fragment; a key goes into {KEY} in the environment"
-            )
-        if not self.model:
-            raise ValueError("--judge-model: nothing given; accepted is the judge's name at the endpoint")
-        for name, value in (("judge-latents", self.latents), ("max-requests", self.max_requests)):
-            if value is not None and value < 1:
-                raise ValueError(f"--{name}: got {value}; accepted are whole numbers ≥ 1")
-        if taken := {"model", "messages", "stream", "n"}.intersection(self.options):
-            raise ValueError(f"--judge-options: got {', '.join(sorted(taken))}; accepted are other fields of a request")
-
-    @property
-    def address(self) -> str:
-        """Where requests are posted."""
-        return self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-
-
-def judge_of(
-    url: str | None,
-    model: str | None,
-    latents: int,
-    options: str | None,
-    max_requests: int | None,
-    key_in_clear: bool = False,
-) -> JudgeConfig | None:
-    """The judge that the command line names; None where it names none.
-
-    Raises:
-        ValueError: half a judge, or see `JudgeConfig`.
-    """
-    if url is None and model is None:
-        return None
-    try:
-        fields = json.loads(options or "{}")
-    except ValueError:
-        fields = None
-    if not isinstance(fields, dict):
-        raise ValueError(f'--judge-options: got {options!r}; accepted is a JSON object such as {{"temperature": 0}}')
-    return JudgeConfig(url or "", model or "", latents, max_requests, fields, key_in_clear=key_in_clear)
 
 
 def endpoint_of(config: JudgeConfig, environ: Mapping[str, str] = os.environ) -> Endpoint:

@@ -20,11 +20,13 @@ from rich.markup import escape
 from torch import Tensor
 
 from c2r.activations.counting import Counting, LeftOut, counting_of
-from c2r.eval.bench import Bench, Outcome, Tensors, each, progress_bar, rows_digest
+from c2r.eval.bench import Bench
 from c2r.eval.counted import say_left_out
+from c2r.eval.outcome import Outcome, each
 from c2r.eval.probing.labelled import LabelledTexts, labelled_texts, stdlib_tasks
+from c2r.progress import progress_bar
 from c2r.sae.model import SAE
-from c2r.text.packing import Rows, text_rows
+from c2r.text.packing import text_rows
 
 KS = (1, 2, 5)
 TEST_SHARE = 0.2
@@ -143,7 +145,11 @@ def probe_sets(bench: Bench) -> list[ProbeSet]:
     Raises:
         ValueError: see `labelled_texts`; or a label whose texts hold no token.
     """
-    found = stdlib_tasks(bench.seed) if bench.probe_data is None else [labelled_texts(bench.probe_data, bench.seed)]
+    found = (
+        stdlib_tasks(bench.config.seed)
+        if bench.config.probe_data is None
+        else [labelled_texts(bench.config.probe_data, bench.config.seed)]
+    )
     return [_read(bench, labelled) for labelled in found]
 
 
@@ -203,7 +209,7 @@ def evaluate_probing(bench: Bench, name: str, sae: SAE, sets: Iterable[ProbeSet]
             **{f"probe_top_{k}": metrics["sae"][f"sae_top_{k}_test_accuracy"] for k in KS},
         },
         {
-            "probe_data": bench.probe_data,
+            "probe_data": bench.config.probe_data,
             "dataset_names": [detail["dataset_name"] for detail in details],
             "k_values": list(KS),
             "python": platform.python_version(),
@@ -231,33 +237,19 @@ def _read(bench: Bench, labelled: LabelledTexts) -> ProbeSet:
     labels_T = torch.tensor([i for i, label in enumerate(names) for _ in labelled.texts[label]])
     settings = bench.data.model_dump(include={"context", "prepend_bos", "parse_special_tokens"})
     batches = list(text_rows(texts, bench.lm.tokenizer, **settings))
-    key = {**bench.model_key, "rows": rows_digest(batches)}
-    found = bench.cache.get("texts", key, lambda: _collect(bench, labelled.name, batches))
+    found = bench.read(batches, "texts", f"activations of {labelled.name}")
     # Each text's split depends on its own place, so that one without tokens moves no other.
     test_T = torch.cat([torch.arange(len(labelled.texts[label])) % round(1 / TEST_SHARE) == 0 for label in names])
-    said_T = torch.bincount(found["text"], minlength=len(texts)) > 0
+    said_T = torch.bincount(found["row"], minlength=len(texts)) > 0
     labels_T = labels_T.masked_fill(~said_T, -1)
     for i, label in enumerate(names):
         for half_T in (test_T, ~test_T):
             if not bool(((labels_T == i) & half_T).any()):
                 raise ValueError(f"{labelled.name}: the texts of label {label!r} hold no token to probe")
     counts = {"labels": {label: int((labels_T == i).sum()) for i, label in enumerate(names)}}
-    tasks = one_vs_rest(labels_T, test_T, names, bench.seed)
+    tasks = one_vs_rest(labels_T, test_T, names, bench.config.seed)
     counts |= {"left_out": labelled.left_out}
-    return ProbeSet(labelled.name, tasks, found["x"], found["text"], len(texts), counts)
-
-
-def _collect(bench: Bench, name: str, batches: list[Rows]) -> Tensors:
-    x_parts: list[Tensor] = []
-    text_parts: list[Tensor] = []
-    first = 0
-    with progress_bar(bench.console) as bar:
-        for part in bar.track(batches, description=f"activations of {name}"):
-            x_RTD = bench.lm.activations(part.ids)
-            x_parts.append(x_RTD[part.real.to(x_RTD.device)].cpu())
-            text_parts.append(first + part.real.nonzero()[:, 0])
-            first += len(part.ids)
-    return {"x": torch.cat(x_parts), "text": torch.cat(text_parts)}
+    return ProbeSet(labelled.name, tasks, found["x"], found["row"], len(texts), counts)
 
 
 def _named(side: str, accuracies: Accuracies) -> Accuracies:

@@ -58,7 +58,7 @@ def labelled_texts(where: str, seed: int = 0) -> LabelledTexts:
         pairs = [(record["label"], record["text"]) for record in itertools.islice(_records(where, seed), READ)]
         return _by_label(Path(where).stem if where.endswith(".jsonl") else where, pairs, seed)
     except ValueError as error:
-        raise ValueError(f"--probe-data: {str(error).removeprefix('data.path: ')}") from error
+        raise ValueError(f"probe_data: {str(error).removeprefix('data.path: ')}") from error
 
 
 def check_labelled(where: str) -> None:
@@ -71,7 +71,7 @@ def check_labelled(where: str) -> None:
         if next(_records(where, 0), None) is None:
             raise ValueError(f"{where} holds no record")
     except ValueError as error:
-        raise ValueError(f"--probe-data: {str(error).removeprefix('data.path: ')}") from error
+        raise ValueError(f"probe_data: {str(error).removeprefix('data.path: ')}") from error
 
 
 def stdlib_tasks(seed: int = 0) -> list[LabelledTexts]:

@@ -22,7 +22,8 @@ from rich.markup import escape
 
 from c2r.config.run import ModelConfig
 from c2r.eval.absorption.evaluation import domain
-from c2r.eval.bench import ModelFree, Outcome, Setting, each
+from c2r.eval.bench import Bench, Evaluation
+from c2r.eval.outcome import Outcome, each
 from c2r.eval.provenance import model_of
 from c2r.eval.saebench.handover import HandedSAE, check_installed, mended_ravel, shapes_unchecked
 from c2r.sae.model import SAE
@@ -79,7 +80,7 @@ FOREIGN = {
 """Name behind `saebench:` → evaluation. Those that c2r has too are here for comparison."""
 
 
-def _evaluate(which: str, setting: Setting, name: str, sae: SAE) -> Outcome:
+def _evaluate(which: str, bench: Bench, name: str, sae: SAE) -> Outcome:
     """Run SAEBench's evaluation `which` on one SAE.
 
     Raises:
@@ -87,10 +88,10 @@ def _evaluate(which: str, setting: Setting, name: str, sae: SAE) -> Outcome:
     """
     foreign, version = FOREIGN[which], check_installed()
     if foreign.warning is not None:
-        setting.console.print(f"[yellow]{escape(foreign.warning)}[/]")
+        bench.console.print(f"[yellow]{escape(foreign.warning)}[/]")
     grad = torch.is_grad_enabled()
     try:
-        result = _run(which, setting, name, sae)
+        result = _run(which, bench, name, sae)
     except ValueError:
         raise
     except Exception as error:  # another's code: whatever it raises is its failure with this SAE, and no other's
@@ -117,16 +118,16 @@ def _evaluate(which: str, setting: Setting, name: str, sae: SAE) -> Outcome:
     )
 
 
-def _run(which: str, setting: Setting, name: str, sae: SAE) -> dict[str, Any]:
+def _run(which: str, bench: Bench, name: str, sae: SAE) -> dict[str, Any]:
     """Hand the SAE over, and read the one result file that comes back."""
-    foreign, model = FOREIGN[which], model_of(sae.config, setting.model)
+    foreign, model = FOREIGN[which], model_of(sae.config, bench.config.model)
     module = importlib.import_module(f"sae_bench.evals.{foreign.module}.main")
     batches = importlib.import_module("sae_bench.sae_bench_utils.activation_collection").LLM_NAME_TO_BATCH_SIZE
     model_name = _model_name(which, getattr(module, "LLM_NAME_MAP", {}), batches, model)
     batch = batches.get(model_name, 32)
     settings = {
         "model_name": model_name,
-        "random_seed": setting.seed,
+        "random_seed": bench.config.seed,
         "llm_batch_size": max(1, batch // 4) if which == "ravel" else batch,  # as sae-bench's own command line
         "llm_dtype": model.dtype,
         **foreign.settings,
@@ -136,8 +137,8 @@ def _run(which: str, setting: Setting, name: str, sae: SAE) -> dict[str, Any]:
     config = config_class(**{key: value for key, value in settings.items() if key in known})
     handed = HandedSAE(sae, model, model_name)
     mending = mended_ravel() if which == "ravel" else contextlib.nullcontext()
-    with _scratch(setting.cache.folder / "sae_bench") as out, mending, shapes_unchecked(), torch.enable_grad():
-        module.run_eval(config, [(name, handed)], str(setting.device), str(out), force_rerun=True, **foreign.arguments)
+    with _scratch(bench.cache.folder / "sae_bench") as out, mending, shapes_unchecked(), torch.enable_grad():
+        module.run_eval(config, [(name, handed)], str(bench.device), str(out), force_rerun=True, **foreign.arguments)
         written = sorted(out.rglob("*_eval_results.json"))
         if len(written) != 1:
             raise ValueError("sae-bench wrote no result; what it printed says why")
@@ -153,7 +154,7 @@ def _model_name(which: str, ravel: dict[str, str], batches: dict[str, int], mode
     short = model.name.split("/")[-1]
     if which != "meta_structure":  # which reads the SAE alone
         if model.name == "embedded" or Path(model.name).exists():
-            raise ValueError(f"--model: got {model.name!r}; sae-bench accepts names that TransformerLens knows")
+            raise ValueError(f"model: got {model.name!r}; sae-bench accepts names that TransformerLens knows")
         if model.revision is not None:
             raise ValueError(f"model.revision: got {model.revision!r}; sae-bench loads the main one alone")
         if model.center_writing_weights:
@@ -162,7 +163,7 @@ def _model_name(which: str, ravel: dict[str, str], batches: dict[str, int], mode
             )
     if which == "ravel":
         if short not in ravel:
-            raise ValueError(f"--model: got {model.name!r}; sae-bench's RAVEL accepts {', '.join(ravel.values())}")
+            raise ValueError(f"model: got {model.name!r}; sae-bench's RAVEL accepts {', '.join(ravel.values())}")
         if model.hook != "resid_post":
             raise ValueError(f"model.hook: got {model.hook!r}; sae-bench's RAVEL accepts 'resid_post'")
     return short if short in batches else model.name
@@ -181,6 +182,6 @@ def _scratch(home: Path) -> Iterator[Path]:
             os.chdir(before)
 
 
-def foreign_suites() -> dict[str, ModelFree]:
-    """Rows for `MODEL_FREE`."""
-    return {f"{PREFIX}{which}": each(f"{PREFIX}{which}", functools.partial(_evaluate, which)) for which in FOREIGN}
+def run_foreign(which: str) -> Evaluation:
+    """SAEBench's evaluation `which`."""
+    return each(PREFIX + which, functools.partial(_evaluate, which))

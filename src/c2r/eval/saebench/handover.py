@@ -33,9 +33,9 @@ def check_installed() -> str:
     try:
         version = importlib.metadata.version("sae-bench")
     except importlib.metadata.PackageNotFoundError:
-        raise ValueError(f"--suite: saebench:… needs sae-bench, which is not installed; {how}") from None
+        raise ValueError(f"suites: saebench:… needs sae-bench, which is not installed; {how}") from None
     if not version.startswith(_VERSIONS):
-        raise ValueError(f"--suite: saebench:… needs sae-bench {_VERSIONS}x, found is {version}; {how}")
+        raise ValueError(f"suites: saebench:… needs sae-bench {_VERSIONS}x, found is {version}; {how}")
     return version
 
 

@@ -11,11 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from c2r.eval.bench import FAILURES, Bench, Outcome, Tensors, failure, progress_bar
+from c2r.eval.bench import Bench
 from c2r.eval.counted import Counted, counted
+from c2r.eval.disk_cache import Tensors
+from c2r.eval.outcome import FAILURES, Outcome, failure
 from c2r.eval.splitting.cofiring import Cofiring, Pairs, mean_of_finite
 from c2r.eval.splitting.composition import composition, random_composition
 from c2r.eval.splitting.reading import pairs_to_read
+from c2r.progress import progress_bar
 from c2r.sae.model import SAE
 
 EVALUATION = "splitting"
@@ -70,10 +73,10 @@ def outcome_of(bench: Bench, name: str, sae: SAE, fired: Fired, matched: float |
         matched: the cosine of pairs on which SAEs are compared; None: there is no other SAE.
     """
     text, cofiring, figures = fired
-    meta = composition(sae.W_dec[cofiring.alive_A], seed=bench.seed)
+    meta = composition(sae.W_dec[cofiring.alive_A], seed=bench.config.seed)
     floor = _composition_floor(bench, meta.rows, sae.d_in)
     shown = {key: value for key, value in figures.items() if key.startswith("max_cos")}
-    at_one_cosine = {} if matched is None else _matched(cofiring.at_cosine(matched, seed=bench.seed), matched)
+    at_one_cosine = {} if matched is None else _matched(cofiring.at_cosine(matched, seed=bench.config.seed), matched)
     return Outcome(
         name,
         EVALUATION,
@@ -112,10 +115,16 @@ def _matched(pairs: Pairs, cosine: float) -> dict[str, float]:
 
 def _composition_floor(bench: Bench, rows: int, d_in: int) -> float:
     """What as many random directions have; the same for all SAEs of a shape, so kept in the cache."""
-    key = {"rows": rows, "d_in": d_in, "seed": bench.seed, "torch": torch.__version__, "on": bench.lm.device.type}
+    key = {
+        "rows": rows,
+        "d_in": d_in,
+        "seed": bench.config.seed,
+        "torch": torch.__version__,
+        "on": bench.lm.device.type,
+    }
 
     def make() -> Tensors:
-        floor = random_composition(rows, d_in, seed=bench.seed, device=bench.lm.device)
+        floor = random_composition(rows, d_in, seed=bench.config.seed, device=bench.lm.device)
         return {"ev": torch.tensor(floor.explained_variance)}
 
     return bench.cache.get("composition", key, make)["ev"].item()
