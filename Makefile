@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_DOCS := $(VENV)/.ready-docs
 
-.PHONY: demo test test-all test-gpu check bench clean
+.PHONY: demo test test-all test-gpu check docs release-check bench clean
 
 demo: $(READY)
 	$(BIN)/c2r demo --out runs/demo
@@ -23,6 +24,13 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# NO_MKDOCS_2_WARNING: mkdocs-material prints an advertisement otherwise.
+docs: $(READY_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+release-check: $(READY)
+	$(BIN)/python scripts/release_check.py
+
 bench: $(READY)
 	$(BIN)/python benchmarks/step.py
 
@@ -31,5 +39,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
+$(READY_DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	touch $(READY_DOCS)
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

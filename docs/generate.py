@@ -57,8 +57,8 @@ def notebook(path: Path) -> str:
 
 def configuration() -> str:
     """A run's YAML section by section, then the settings of evaluations."""
-    from c2r.config.run import RunConfig
     from c2r.config.evaluations import EvaluationConfig
+    from c2r.config.run import RunConfig
 
     return "\n\n".join(
         [
@@ -67,19 +67,20 @@ def configuration() -> str:
             *sections(RunConfig, ""),
             "## Settings of evaluations",
             inspect.cleandoc(EvaluationConfig.__doc__ or ""),
-            "`c2r.evaluate` takes them by name. On the command line most have an option of their own, and `--set` reaches "
-            "all of them, for example `--set absorption.seeds=5`.",
+            "`c2r.evaluate` takes them by name. `c2r eval` has options for most, and its `--set` reaches all of them: "
+            "`--set absorption.seeds=5`.",
             table(EvaluationConfig, "evaluation"),
-            *sections(EvaluationConfig, ""),
+            *sections(EvaluationConfig, "", "evaluation."),
         ]
     )
 
 
-def sections(config: Any, where: str) -> Iterator[str]:
+def sections(config: Any, where: str, prefix: str = "") -> Iterator[str]:
     """The sections within a section, each with a heading, its docstring and its keys; those within them follow.
 
     Arguments:
         where: the outer section's place in the YAML, empty for the whole file.
+        prefix: what links to these keys begin with.
     """
     from c2r.config.base import Frozen
 
@@ -88,7 +89,7 @@ def sections(config: Any, where: str) -> Iterator[str]:
         for inner in classes_of(field.annotation):
             choices = choices_of(inner)
             known = bool(choices) and name == "data"
-            anchor = f"{place}.synthetic" if known else place
+            anchor = f"{prefix}{place}.synthetic" if known else prefix + place
             shared = [base for base in inner.__mro__[1:] if base in config.__mro__ and base not in Frozen.__mro__]
             yield f"## `{place}`{': known features' if known else ''} {{ #{anchor} }}"
             yield inspect.cleandoc(inner.__doc__ or "")
@@ -99,7 +100,7 @@ def sections(config: Any, where: str) -> Iterator[str]:
                 yield f"### `{'preset' if known else 'method'}: {kind}` {{ #{place}.{kind} }}"
                 yield inspect.cleandoc(choice.__doc__ or "")
                 yield table(choice, f"{place}.{kind}", inner)
-            yield from sections(inner, place)
+            yield from sections(inner, place, prefix)
 
 
 def classes_of(annotation: Any) -> list[Any]:
