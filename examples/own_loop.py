@@ -4,7 +4,7 @@
 
 The activations are synthetic, with 112 known features in 96 dimensions: 16 parents with 4 children each, and 32
 independent features. For the baseline and for C²R, the script prints the loss and the mean cosine of each decoder row
-with its nearest other row, before and after training. About 10 seconds on one CPU core.
+with its nearest other row, before and after training. About 25 seconds on one CPU core.
 """
 
 import argparse

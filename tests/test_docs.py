@@ -4,6 +4,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,8 +14,10 @@ from c2r.cli import COMMANDS
 from c2r.config.base import Frozen
 from c2r.config.evaluations import EvaluationConfig
 from c2r.config.known_features import PRESETS
+from c2r.config.load import parse_config
 from c2r.config.run import RunConfig
 from c2r.config.saes import SECTIONS
+from c2r.config.yaml_text import load_yaml
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +97,21 @@ def test_every_option_is_listed(generate: ModuleType, command: str) -> None:
     assert len(options) > 0
     section = "\n".join(generate.command(command, COMMANDS[command]))
     assert options == set(re.findall(r"`(--[a-z-]+)`\]", section))
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: path.stem)
+def test_whole_configurations_in_the_pages_are_accepted(page: Path) -> None:
+    for block in re.findall(r"```yaml[^\n]*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        if re.search(r"^output:", block, re.MULTILINE) and re.search(r"^saes:", block, re.MULTILINE):
+            raw = load_yaml(block)
+            assert isinstance(raw, dict)
+            parse_config(raw, page.name)
+
+
+def test_the_example_of_the_first_page(tmp_path: Path) -> None:
+    first, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "getting-started.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", first], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_every_page_of_the_navigation_exists() -> None:
