@@ -105,7 +105,7 @@ def test_words_are_single_tokens_and_spelt_right() -> None:
     ("name", "content", "says"),
     [
         ("x.jsonl", "not json\n", "x.jsonl:1 is not JSON"),
-        ("x.jsonl", '{"body": "a"}\n', "no text under 'text'; it has: body"),
+        ("x.jsonl", '{"body": "a"}\n', "no text under 'text'; its fields are: body"),
         ("x.txt", " \n", "holds no text"),
         ("x.jsonl", '{"text": ""}\n{"text": "  "}\n', "holds no text"),
         ("x.csv", "a,b", "accepted are .txt, .jsonl, .*parquet"),
