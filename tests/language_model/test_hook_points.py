@@ -112,7 +112,7 @@ def test_rounding_is_no_reason_to_refuse(family: str, dtype: torch.dtype) -> Non
         (lambda: transformers.MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=3, state_size=4),
          "attn_out", r"but MambaBlock has no such part \(it has norm, mixer\)"),
         (lambda: transformers.OPTConfig(**PLAIN, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=64),
-         "mlp_out", "is the output of fc2 in OPTDecoderLayer; but that has not the shape"),
+         "mlp_out", "is the output of fc2 in OPTDecoderLayer, but that does not have the shape"),
         (lambda: transformers.BertConfig(**PLAIN, intermediate_size=24, is_decoder=True), "attn_out", "is off by"),
     ],
 )  # fmt: skip

@@ -146,7 +146,7 @@ def test_rows_that_come_another_way_are_checked_too(folder: Path) -> None:
     for read in (lm.activations, lambda ids: lm.continuations(ids[:, :1], ids[:, 1:])):
         with pytest.raises(ValueError, match=r"in row 1, position 2 has id 300, but the model's embedding matrix has"):
             read(ids)
-    with pytest.raises(ValueError, match=r"rows of 65 tokens: the model reads at most 64"):
+    with pytest.raises(ValueError, match=r"ids_RT: got rows of 65 tokens; the model reads at most 64"):
         lm.activations(torch.ones(1, 65, dtype=torch.long))
 
 

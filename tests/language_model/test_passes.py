@@ -185,7 +185,7 @@ def test_a_model_whose_later_blocks_read_earlier_ones_runs_whole(missing: str) -
     assert not passes.skips
     assert passes.in_pieces
     (note,) = passes.notes
-    assert "LlamaForCausalLM cannot be run from the hook on" in note
+    assert "LlamaForCausalLM cannot be run from the hook onwards" in note
     assert ("KeyError" if missing == "raises" else "logits differ by") in note
     assert "first 2 blocks" in note
     check(lm, passes)
