@@ -223,7 +223,7 @@ def load(folder: Path, shard: dict[str, Any], name: str) -> dict[str, Tensor]:
             return _tensors(mapped)
         fault = "its checksum does not match"
     raise ValueError(
-        f"cache.path: {path} is damaged: {fault}; delete it and run `c2r harvest` again, which recreates just this shard"
+        f"cache.path: {path} is damaged: {fault}; delete it and run `c2r harvest` again, which recreates this shard"
     )
 
 
