@@ -1,4 +1,4 @@
-"""The cache: what is read back is what the model emits, whatever ended its filling; damage is named and mended."""
+"""The cache: it returns what the model emits, even after an interrupted harvest; damage is reported and repaired."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def assert_same(some: list[dict[HookPoint, torch.Tensor]], others: list[dict[Hoo
 def test_cached_and_live_streams_give_the_same_batches(
     dtype: str, tiny_models: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
-    """Over two hook points, with outliers, through several windows, shards and epochs of the text."""
+    """With two hook points, outliers, several windows, shards and epochs of the text."""
     model = {"name": str(tiny_models["llama"]), "layer": 1, "dtype": dtype}
     config = cached_run(tmp_path, tiny_models["llama"], corpus, model=model, train={"tokens": 9000, "batch": 128})
     fill_cache(config, console=QUIET)
@@ -81,7 +81,7 @@ def test_cached_and_live_streams_give_the_same_batches(
 
 
 def test_resuming_a_cached_stream_at_any_batch(config: RunConfig) -> None:
-    """Across shards and over the end of the cache, whose shards come again in another order."""
+    """Across shards and past the end of the cache, after which shards are read again in another order."""
     config = config.model_copy(update={"cache": config.cache.model_copy(update={"tokens": 1500})})
     fill_cache(config, console=QUIET)
     stream, batches, states = cached(config), [], []
@@ -142,7 +142,7 @@ def test_the_cache_keeps_where_each_token_stands(config: RunConfig) -> None:
 
 @pytest.fixture
 def whole(config: RunConfig) -> dict[str, bytes]:
-    """The files of an undisturbed harvest, which is then removed."""
+    """The files of an uninterrupted harvest, which are then deleted."""
     fill_cache(config, console=QUIET)
     assert config.cache is not None
     found = files(config.cache.path)
@@ -177,7 +177,7 @@ def test_a_harvest_killed_at_random_moments_ends_with_the_same_files(
     while killed < 20:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
-        # The moment is random from the first write on, and not while modules are imported.
+        # The process is killed at a random moment after the first write, not while modules are imported.
         before = len(list((tmp_path / "acts").glob("*")))
         while process.poll() is None and len(list((tmp_path / "acts").glob("*"))) == before:
             assert time.monotonic() < deadline
@@ -196,7 +196,7 @@ def test_a_harvest_killed_at_random_moments_ends_with_the_same_files(
 def test_a_harvest_that_breaks_anywhere_goes_on(
     after: int, config: RunConfig, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between files of a shard, and with a line of the list cut short."""
+    """Interrupted between the files of a shard, and with an incomplete last line in `shards.jsonl`."""
     original, written = cache._write, []
 
     def write(*args: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a model's folder may be, and that ids, rows and text which a model cannot read are refused by name."""
+"""Accepted model folders, and clear errors for ids, rows and text that a model cannot read."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ PLAIN = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_atte
 
 @pytest.fixture
 def folder(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
-    """The tiny Llama, in a folder of the test's own."""
+    """A copy of the tiny Llama in the test's own folder."""
     return Path(shutil.copytree(tiny_models["llama"], tmp_path / "lm"))
 
 
@@ -213,7 +213,7 @@ def test_ids_are_read_as_they_are_without_a_tokenizer(folder: Path, tiny_models:
     assert usual.ids[0, :8].tolist() == [0, 5, 6, 0, 7, 0, 8, 9]  # BOS first, EOS between
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])  # of GPT-2, transformers makes an empty tokenizer up
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # for GPT-2, transformers creates an empty tokenizer
 def test_text_without_a_tokenizer_is_refused_with_the_key(
     family: str, tiny_models: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Bytes to text: read as what they certainly are, else refused with file, place and key; bad records are counted."""
+"""Decoding: certain encodings are read, others refused with file, place and key; skipped bad records are counted."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ from planted import WORDS, documents, planted_tokenizer, records, write_parquet,
 
 RUN = {"output": "x", "train": {"tokens": 100}, "saes": [{"name": "a", "width": 8, "k": 2}]}
 WORDED = "Größe, naïve – “мир”\nsecond line, 世界 😀\n"
-LINES = [{"text": WORDED}, {"text": "two\n"}, {"text": "ਊ ఊ \u0a0a"}]  # with bytes of a line break in wide characters
+LINES = [{"text": WORDED}, {"text": "two\n"}, {"text": "ਊ ఊ \u0a0a"}]  # characters whose UTF-16 bytes contain 0x0a
 PACK: dict[str, Any] = {".jsonl": lambda data: data, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstd.compress}
 
 

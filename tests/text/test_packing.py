@@ -1,4 +1,4 @@
-"""Rows of tokens: every planted token once, over workers, shards and mixtures; going on equals never having stopped."""
+"""Packed rows: every planted token exactly once, for workers, shards and mixtures; resuming changes nothing."""
 
 import itertools
 import json
@@ -59,7 +59,7 @@ SOURCES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted documents in every kind of file."""
+    """The planted documents in every file format."""
     root = tmp_path_factory.mktemp("planted")
     for ending in ("txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"):
         write_planted(root / ending, ending)
@@ -94,7 +94,7 @@ def test_every_planted_token_comes_once_and_going_on_equals_never_stopping(kind:
         start = json.loads(json.dumps(whole[number].position))
         rest = list(packed_rows(config, tokenizer, rows=3, seed=5, epochs=2, start=start))
         assert same(rest, whole[number:])
-    # In batches of another size, too; both epochs end in padding.
+    # Also with another batch size; both epochs end in padding.
     start = whole[4].position
     rest = list(packed_rows(config, tokenizer, rows=2, seed=5, start=start))
     assert torch.equal(torch.cat([part.ids for part in rest]), torch.cat([part.ids for part in once[4:]]))
@@ -129,7 +129,7 @@ def test_a_shard_without_documents_is_named(folder: Path) -> None:
 
 
 class Counted(transformers.PreTrainedTokenizerFast):
-    """Counts the texts it is asked to encode."""
+    """Counts the texts that it encodes."""
 
     calls = 0
 
@@ -205,9 +205,9 @@ def test_a_mixture_keeps_its_weights_and_goes_on(folder: Path, tmp_path: Path) -
         for row in part.ids[:, 1:].flatten().tolist():
             if row >= 3:
                 (first if WORDS[row - 3] in ALL else second).update([WORDS[row - 3]])
-    # Documents have at most 20 words and an end; so many may one part be ahead of the other.
+    # A document has at most 20 words and EOS; one part can be ahead of the other by that many tokens.
     assert abs(first.total() / 3 - second.total()) < 60
-    # The mixture ends with its last part, here the second; the first has begun again.
+    # The mixture ends when its last part does, here the second; the first is already in its next pass.
     assert set(second.values()) == {1}
     assert len(second) == len(set(itertools.chain.from_iterable(documents(50, first=1000))))
     assert set(first.values()) == {2, 3}

@@ -1,4 +1,4 @@
-"""Sources of text: what a YAML may say of them, and that whatever cannot be read is named with its place."""
+"""Sources of text: their configuration, and errors that name the place of anything that cannot be read."""
 
 import gzip
 import json

@@ -141,7 +141,7 @@ class ActivationStream:
         self._stand(self._stands, self._windows.measured)
 
     def _stop(self) -> None:
-        """Tell the threads to end, without waiting for it."""
+        """Tell the threads to end, without waiting for them."""
         if self._preparing is not None:
             self._preparing.stop()
             self._ending.append(self._preparing)

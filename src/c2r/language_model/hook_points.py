@@ -90,7 +90,7 @@ class Blocks(NamedTuple):
     used: frozenset[int]
     """Indices of the blocks that run on text; a layer for images may not."""
     width: int
-    """D."""
+    """D, the width of the residual stream."""
 
 
 class _Call(NamedTuple):
@@ -224,7 +224,7 @@ def find_part(block: nn.Module, hook: Hook, run: Run, ids_RT: Tensor) -> nn.Modu
     best = min(named, key=lambda pair: missed[pair].share)
     raise ValueError(
         f"model.hook: got {hook!r}, but no part of {type(block).__name__} outputs what is added to the residual "
-        f"stream: with the closest, {best[0]} and {best[1]}, resid_pre + attn_out + mlp_out is off by "
+        f"stream: with the best candidates ({best[0]} and {best[1]}), resid_pre + attn_out + mlp_out is off by "
         f"{missed[best].share:.0%} of what the block adds; resid_pre and resid_post can be used"
     )
 
