@@ -12,6 +12,7 @@ import c2r
 from builders import known_run, run_config
 from c2r.config.evaluations import AbsorptionSettings
 from c2r.config.run import RunConfig, TrainConfig
+from c2r.config.saes import SECTIONS
 from c2r.eval.absorption.concepts import absorption
 from c2r.eval.recovery import Recovery
 from c2r.eval.splitting.composition import composition

@@ -1,4 +1,4 @@
-"""Identities: what changes a text, a tokenizer or a model changes them, and nothing else does."""
+"""Identities change exactly when the text, the tokenizer or the model changes."""
 
 import gzip
 import json

@@ -1,7 +1,7 @@
-"""What text, tokenizers, models and code are, by their contents: recorded with all that is made of them, and compared.
+"""Identities of text, tokenizers, models and code by their contents, recorded with every result and compared later.
 
-An identity is a dict of JSON values. Paths and names are no part of it, so that a folder may move, and another file in
-the same place is noticed.
+An identity is a dict of JSON values. It contains no paths or names, so a folder may be moved, and a different file at
+the same path is noticed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import xxhash
 from torch import Tensor
 
 ACTIVATIONS = 1
-"""Raised whenever a change of code changes the activations that the same text, tokenizer and model give."""
+"""Version number, increased when code changes alter the activations for the same text, tokenizer and model."""
 _WHOLE, _PIECE, _CHUNK, _NUMBERS = 2**30, 2**18, 2**20, 2**24
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype")
-"""Keys of a model's configuration that say where it came from, or how it was loaded."""
+"""Keys of a model's configuration that only say where it came from or how it was loaded."""
 _FACTS = ("code", "files")
 """Parts of an identity that are recorded and not compared."""
 _NOT_MAKERS = ("training", "report", "cli.py", "demo.py", "methods.py", "schedules.py", "step.py")
 
 
 def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Digest of names, shapes, types and every bit of the values in their order; the same on every device.
+    """Digest of names, shapes, dtypes and all bits of the values, in order; independent of the device.
 
-    Tensors of a device pass through the CPU's memory in pieces of at most 2²⁴ numbers.
+    Tensors on other devices are copied to the CPU in pieces of at most 2²⁴ numbers.
     """
     digest = xxhash.xxh3_128()
     for name, tensor in named:
@@ -43,7 +43,7 @@ def of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The numbers in their order, as flat pieces; what is not contiguous is taken apart before it is copied."""
+    """The numbers in order, as flat pieces; a large non-contiguous tensor is split before it is copied."""
     if tensor.is_contiguous() or tensor.numel() <= _NUMBERS:
         yield from tensor.reshape(-1).split(_NUMBERS)
     else:
@@ -52,10 +52,10 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def of_model(model: Any) -> str:
-    """`configuration:weights` of a Hugging Face model: digests of what its configuration says and of its weights.
+    """`configuration:weights` of a Hugging Face model: digests of its configuration and of its weights.
 
-    Weights are the parameters, tied ones once, and the buffers that are saved with them. The configuration counts as
-    far as it differs from its class's defaults, and without versions, paths and the precision it was loaded in.
+    Weights are the parameters (tied ones once) and the buffers saved with them. Of the configuration, only differences
+    from its class's defaults count, without versions, paths and the precision of loading.
     """
     said = _without(json.loads(model.config.to_json_string()))
     text = json.dumps([type(model).__name__, said, _code_of(model)], sort_keys=True)
@@ -72,7 +72,7 @@ def _without(node: Any) -> Any:
 
 
 def _code_of(model: Any) -> str:
-    """Digest of the code that a model brought along; empty for a class of transformers' or of a program's own."""
+    """Digest of the code shipped with a model; empty for classes of transformers or of the calling program."""
     module = sys.modules.get(type(model).__module__)
     if not type(model).__module__.startswith("transformers_modules.") or not getattr(module, "__file__", None):
         return ""
@@ -81,13 +81,13 @@ def _code_of(model: Any) -> str:
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """Digest of all that decides a text's ids: vocabulary, merges, normalisation, special tokens, what is put in front
-    of a text (BOS), and the chat template.
+    """Digest of everything that determines a text's ids: vocabulary, merges, normalisation, special tokens, tokens
+    added before a text (BOS), and the chat template.
     """
     if tokenizer is None:
         return "none"
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # as tokenizer.json has it; what stands before is the padding of the latest call
+    if backend is not None:  # tokenizer.json without its beginning, the padding of the latest call
         text = backend.to_str()
         rules: Any = text[max(0, text.find('"added_tokens"')) :]
     else:
@@ -99,10 +99,10 @@ def of_tokenizer(tokenizer: Any) -> str:
 
 
 def of_files(paths: Sequence[Path]) -> str:
-    """Number, bytes and a digest of the contents of files in their order; names count as far as their endings.
+    """Number, total size and digest of the contents of files, in order; of the names only the endings count.
 
-    Up to 1 GiB in all is read whole. Of more, 1 GiB is read, in pieces of 256 KiB spread evenly over the files, both
-    ends of each file among them: a change between the pieces that keeps a file's size is then not noticed.
+    Up to 1 GiB in total, files are read whole. Beyond that, 1 GiB is read in pieces of 256 KiB spread evenly over the
+    files, including both ends of each: a change between pieces that keeps a file's size is then not noticed.
 
     Raises:
         ValueError: a file cannot be read.
@@ -122,7 +122,7 @@ def of_files(paths: Sequence[Path]) -> str:
 
 @functools.lru_cache(maxsize=1_000_000)
 def _of_file(path: str, size: int, modified: int, changed: int, pieces: int) -> str:
-    """Digest of a file, whole (0), or of so many pieces; remembered for as long as nothing wrote to the file."""
+    """Digest of a file: of the whole (`pieces` = 0) or of that many pieces; cached until the file is written to."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         if pieces == 0 or pieces * _PIECE >= size:
@@ -136,9 +136,9 @@ def _of_file(path: str, size: int, modified: int, changed: int, pieces: int) -> 
 
 
 def of_folder(folder: Path) -> dict[str, str]:
-    """Digest of each file in a model's folder that says what the model is; what lies in folders below is left out.
+    """Digest of each file in a model's folder that defines the model, without subfolders.
 
-    In the Hub's cache a large file is named by its contents, and is not read.
+    Large files in the Hub's cache are not read, since their names are already hashes of their contents.
     """
     endings = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py", ".tiktoken")
     found = {}
@@ -156,7 +156,7 @@ def of_folder(folder: Path) -> dict[str, str]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of c2r and of the libraries that figures pass through: facts to be recorded, and no ground to refuse."""
+    """Versions of c2r and of the libraries that affect results: recorded for information, never compared."""
     from c2r.version import __version__
 
     found = {"c2r": __version__}
@@ -170,7 +170,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def source_digest() -> str:
-    """Digest of c2r's own source, all but training, reports and the command line: what evaluations are made by."""
+    """Digest of c2r's source code without training, reports and the command line: the code that evaluations run."""
     root, digest = Path(__file__).parent, xxhash.xxh3_128()
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
@@ -180,7 +180,7 @@ def source_digest() -> str:
 
 
 def differences(recorded: Mapping[str, Any], found: Mapping[str, Any], there: str, here: str) -> list[str]:
-    """A line for each part in which two identities differ, of those that both have; facts about the code aside."""
+    """One line per part in which two identities differ; parts that only one of them has, and `_FACTS`, are ignored."""
     lines = []
     for part in (part for part in recorded if part in found and part not in _FACTS):
         before, now = ({part: of} if not isinstance(of, dict) else of for of in (recorded[part], found[part]))

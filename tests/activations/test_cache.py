@@ -1,4 +1,4 @@
-"""The cache: what is read back is what the model emits, whatever ended its filling; damage is named and mended."""
+"""The cache: it returns what the model emits, even after an interrupted harvest; damage is reported and repaired."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def assert_same(some: list[dict[HookPoint, torch.Tensor]], others: list[dict[Hoo
 def test_cached_and_live_streams_give_the_same_batches(
     dtype: str, tiny_models: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
-    """Over two hook points, with outliers, through several windows, shards and epochs of the text."""
+    """With two hook points, outliers, several windows, shards and epochs of the text."""
     model = {"name": str(tiny_models["llama"]), "layer": 1, "dtype": dtype}
     config = cached_run(tmp_path, tiny_models["llama"], corpus, model=model, train={"tokens": 9000, "batch": 128})
     fill_cache(config, console=QUIET)
@@ -81,7 +81,7 @@ def test_cached_and_live_streams_give_the_same_batches(
 
 
 def test_resuming_a_cached_stream_at_any_batch(config: RunConfig) -> None:
-    """Across shards and over the end of the cache, whose shards come again in another order."""
+    """Across shards and past the end of the cache, after which shards are read again in another order."""
     config = config.model_copy(update={"cache": config.cache.model_copy(update={"tokens": 1500})})
     fill_cache(config, console=QUIET)
     stream, batches, states = cached(config), [], []
@@ -142,7 +142,7 @@ def test_the_cache_keeps_where_each_token_stands(config: RunConfig) -> None:
 
 @pytest.fixture
 def whole(config: RunConfig) -> dict[str, bytes]:
-    """The files of an undisturbed harvest, which is then removed."""
+    """The files of an uninterrupted harvest, which are then deleted."""
     fill_cache(config, console=QUIET)
     assert config.cache is not None
     found = files(config.cache.path)
@@ -177,7 +177,7 @@ def test_a_harvest_killed_at_random_moments_ends_with_the_same_files(
     while killed < 20:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
-        # The moment is random from the first write on, and not while modules are imported.
+        # The process is killed at a random moment after the first write, not while modules are imported.
         before = len(list((tmp_path / "acts").glob("*")))
         while process.poll() is None and len(list((tmp_path / "acts").glob("*"))) == before:
             assert time.monotonic() < deadline
@@ -196,7 +196,7 @@ def test_a_harvest_killed_at_random_moments_ends_with_the_same_files(
 def test_a_harvest_that_breaks_anywhere_goes_on(
     after: int, config: RunConfig, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between files of a shard, and with a line of the list cut short."""
+    """Interrupted between the files of a shard, and with an incomplete last line in `shards.jsonl`."""
     original, written = cache._write, []
 
     def write(*args: Any) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def test_damage_is_named_while_reading_and_mended_alone(
     else:
         data[len(data) // 2] ^= 4
         path.write_bytes(data if damage == "flipped" else data[:-7])
-    says = {"gone": "it is not there", "truncated": "bytes of", "flipped": "its checksum"}[damage]
+    says = {"gone": "it does not exist", "truncated": "bytes of", "flipped": "its checksum"}[damage]
     with pytest.raises(ValueError, match=rf"{name} is damaged: .*{says}.*; delete it and run `c2r harvest` again"):
         list(cached(config).batches(100, 2560))
     made = []
@@ -253,7 +253,7 @@ def test_damage_is_named_while_reading_and_mended_alone(
 
 
 def test_a_cache_of_something_else_is_refused_with_the_difference(config: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cache\.path: .*acts holds no cache; `c2r harvest`"):
+    with pytest.raises(ValueError, match=r"cache\.path: .*acts holds no cache; run `c2r harvest`"):
         train(config, console=QUIET)
     fill_cache(config, console=QUIET)
     other = config.model_copy(
@@ -262,13 +262,13 @@ def test_a_cache_of_something_else_is_refused_with_the_difference(config: RunCon
     with pytest.raises(ValueError, match=r"(?s)data\.context: the cache has 16, the configuration says 32.*seed: .* 0"):
         train(other, console=QUIET)
     saes = [sae.model_copy(update={"layer": 2}) for sae in config.saes]
-    with pytest.raises(ValueError, match=r"hook points: the cache has .*; not blocks\.2\.hook_resid_post"):
+    with pytest.raises(ValueError, match=r"hook points: the cache has .* but not blocks\.2\.hook_resid_post"):
         fill_cache(config.model_copy(update={"saes": saes}), console=QUIET)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("all my work")
     assert config.cache is not None
     full = config.cache.model_copy(update={"path": tmp_path / "other"})
-    with pytest.raises(ValueError, match="holds something else than a cache"):
+    with pytest.raises(ValueError, match="holds something other than a cache"):
         fill_cache(config.model_copy(update={"cache": full}), console=QUIET)
 
 
@@ -281,7 +281,7 @@ def test_a_hook_point_that_the_model_has_not_is_named_with_its_sae(config: RunCo
 def test_a_disk_that_is_too_small_is_named_before_the_work(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(fill.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match=r"cache\.path: .* needs about 0\.0 GB more, the disk has 0\.0 GB free"):
+    with pytest.raises(ValueError, match=r"cache\.path: .* needs about 0\.0 GB more, but the disk has 0\.0 GB free"):
         fill_cache(config, console=QUIET)
 
 
@@ -328,7 +328,7 @@ def test_text_that_ends_makes_a_shorter_cache_and_training_says_so(
 
 
 def test_harvest_asks_for_a_cache(config: RunConfig) -> None:
-    with pytest.raises(ValueError, match=r"cache: no such section; `cache: \{path"):
+    with pytest.raises(ValueError, match=r"cache: no such section; add `cache: \{path"):
         fill_cache(config.model_copy(update={"cache": None}), console=QUIET)
 
 

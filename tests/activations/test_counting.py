@@ -1,4 +1,4 @@
-"""Which tokens count: the rule itself, and every evaluation held to it against counting by hand."""
+"""Which tokens count: the rule itself, and every evaluation compared with counting by hand."""
 
 import io
 import json
@@ -122,7 +122,7 @@ def lm(tiny_models: dict[str, Path]) -> LanguageModel:
 
 @pytest.fixture
 def text(lm: LanguageModel, tiny_run: dict[str, Path]) -> Text:
-    """500 tokens or more, as whole batches of rows make them."""
+    """At least 500 tokens, rounded up to whole batches of rows."""
     return Text(lm, tiny_run["c2r"], 500)
 
 
@@ -156,7 +156,7 @@ def test_splitting_and_audit_leave_out_what_training_left_out(
     assert audit["eval_result_metrics"]["audit"]["explained_variance"] == pytest.approx(ev, abs=1e-6)
     not_looked_at = " ".join(audit["eval_result_unstructured"]["not_looked_at"])
     assert f"{outliers} of {len(count)} tokens" in not_looked_at
-    # What is shown is the text as it is, around tokens that count.
+    # The text shown is unchanged, around tokens that count.
     places = count.nonzero().squeeze(1)
     for pairs in (splitting["eval_result_details"], audit["eval_result_unstructured"]["pairs"]):
         for pair in pairs:
@@ -366,6 +366,6 @@ def test_recovery_reads_activations_that_training_never_served(whole: Path, monk
 
 
 def test_what_is_no_number_is_no_outlier() -> None:
-    """Left out as outliers, NaN and infinity would leave the figures of the rest, and nobody would know."""
+    """If NaN and infinity were dropped as outliers, the results of the remaining tokens would hide them."""
     norms_n = torch.tensor([1.0, float("nan"), 20.0, float("inf")])
     assert Counting(10.0).counts(norms_n).tolist() == [True, True, False, True]

@@ -1,4 +1,4 @@
-"""What is said of activations before training, on arrays whose numbers are known."""
+"""Statistics of activations before training, on arrays with known results."""
 
 import io
 
@@ -19,7 +19,7 @@ def look_of(x: torch.Tensor, keep: torch.Tensor | None = None, ids: torch.Tensor
 
 
 def unit_rows_with(lengths: list[float]) -> torch.Tensor:
-    """Rows of these norms in 4 dimensions, in directions drawn at random."""
+    """Rows with these norms in 4 dimensions, in random directions."""
     directions = torch.randn(len(lengths), 4, generator=torch.Generator().manual_seed(0))
     return torch.nn.functional.normalize(directions, dim=1) * torch.tensor(lengths)[:, None]
 
@@ -40,11 +40,11 @@ def test_shares_of_norms_are_counted() -> None:
 
 
 def test_shares_of_variance_are_those_of_a_diagonal_covariance() -> None:
-    # Every sign pattern of coordinates scaled by 3, 2, 1: variances 9, 4, 1, about any mean.
+    # All sign patterns of coordinates scaled by 3, 2, 1: variances 9, 4, 1, whatever the mean.
     signs = torch.tensor([[a, b, c] for a in (-1.0, 1) for b in (-1.0, 1) for c in (-1.0, 1)])
     x = signs * torch.tensor([3.0, 2.0, 1.0]) + torch.tensor([100.0, -7.0, 3.0])
     assert shares_of_variance(x) == (pytest.approx(9 / 14, rel=1e-4), pytest.approx(9 / 14, rel=1e-4))
-    # Turned by 45° in the first two coordinates these share the variance; the first direction has what it had.
+    # After a rotation by 45°, the first two coordinates share the variance; the first direction's share is unchanged.
     turn = torch.tensor([[0.5**0.5, -(0.5**0.5), 0], [0.5**0.5, 0.5**0.5, 0], [0, 0, 1.0]])
     assert shares_of_variance(x @ turn.T) == (pytest.approx(9 / 14, rel=1e-4), pytest.approx(6.5 / 14, rel=1e-4))
     assert shares_of_variance(torch.ones(5, 3)) == (0, 0)
@@ -95,8 +95,8 @@ def test_variances_are_taken_from_a_sample_of_the_whole() -> None:
         (10.0, 0.008, 0.33, True),
         (None, 0.008, 0.33, True),
         (10.0, 0.008, 0.04, False),  # they hold little
-        (10.0, 0.08, 0.5, False),  # they are no few outliers
-        (3.0, 0.008, 0.33, False),  # a multiple below that would be another matter
+        (10.0, 0.08, 0.5, False),  # they are too many to be outliers
+        (3.0, 0.008, 0.33, False),  # the multiple is already at the advised value
     ],
 )
 def test_what_to_set_is_said_where_it_matters(

@@ -1,4 +1,4 @@
-"""The stream: nothing lost or repeated, filtered for all hooks alike, resumed bit for bit, and its thread."""
+"""The stream: nothing lost or repeated, the same filter for all hooks, bit-identical resuming, and its thread."""
 
 import itertools
 import json
@@ -57,7 +57,7 @@ class Numbers:
 
 
 def numbers(stream: ActivationStream, batch: int, tokens: int) -> list[list[int]]:
-    """The tokens of each batch; and that all hook points have the same ones."""
+    """The tokens of each batch, after checking that all hook points have the same ones."""
     found = []
     for x in stream.batches(batch, tokens):
         ids = (x[POINT][:, 0] * stream.scale[POINT]).round().long()
@@ -78,7 +78,7 @@ def test_every_activation_is_served_once_and_windows_follow_the_text(window: int
     served = [token for b in batches for token in b]
     assert sorted(served) == list(range(1000))
     assert batch >= window or served != sorted(served)
-    for first in range(0, 1000, window):  # a window is the next so many tokens of the text, shuffled over all of it
+    for first in range(0, 1000, window):  # a window is the next `window` tokens, shuffled
         assert sorted(served[first : first + window]) == list(range(first, min(first + window, 1000)))
 
 
@@ -127,7 +127,7 @@ def test_outliers_at_one_hook_are_dropped_at_all_and_the_rest_has_unit_mean_squa
 
 
 def test_a_search_among_outliers_alone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model was replaced, and all that it emits is beyond what the first tokens had: reading would never end."""
+    """If the model is replaced and all its activations exceed the limit, reading would never end."""
     for module in (reader, windows):
         monkeypatch.setattr(module, "CALIBRATION_TOKENS", 500)
     small = StreamConfig(window_tokens=200, max_norm_multiple=2)
@@ -137,7 +137,7 @@ def test_a_search_among_outliers_alone_ends(monkeypatch: pytest.MonkeyPatch) -> 
     }  # fmt: skip
     stream.load_state_dict(state)
     with pytest.raises(
-        ValueError, match=r"stream\.max_norm_multiple: got 2\.0, and ([\d,]+) of the last \1 tokens are"
+        ValueError, match=r"stream\.max_norm_multiple: got 2\.0, but ([\d,]+) of the last \1 tokens are"
     ):
         next(stream.batches(100, 100))
     few = ActivationStream(
@@ -147,7 +147,7 @@ def test_a_search_among_outliers_alone_ends(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_text_without_tokens_is_named() -> None:
-    with pytest.raises(ValueError, match="no token besides"):
+    with pytest.raises(ValueError, match="no tokens other than"):
         ActivationStream(Numbers(0), StreamConfig()).scale  # noqa: B018
 
 
@@ -230,7 +230,7 @@ def test_the_reader_runs_ahead_and_no_further_than_the_bound() -> None:
     time.sleep(0.1)
     waiting = sum(map(len, ahead._waiting))
     assert 60 < waiting <= 100
-    assert len(reader.made) == len(ahead._waiting) + 1  # one more is in the thread's hand
+    assert len(reader.made) == len(ahead._waiting) + 1  # one more is held by the thread
     taken = [ahead.take() for _ in range(50)]
     assert [part.position["token"] for part in taken if part] == reader.made[:50]
     ahead.close()
@@ -273,7 +273,7 @@ def test_closing_and_forgetting_a_stream_end_its_threads() -> None:
 
 
 def test_no_two_threads_read_at_once_and_close_waits_for_the_last() -> None:
-    """Also after a consumer that went away while the reader was at work."""
+    """Even if a consumer stopped while the reader was running."""
 
     class Slow(Numbers):
         inside = most = 0
@@ -303,7 +303,7 @@ def test_a_second_consumer_ends_the_first_and_loses_nothing() -> None:
     served = [next(first)]
     second = stream.batches(10, 10**6)
     served.append(next(second))
-    with pytest.raises(RuntimeError, match="asked for batches by another"):
+    with pytest.raises(RuntimeError, match=r"batches\(\) was called again"):
         next(first)
     served.extend(second)
     expected = list(ActivationStream(Numbers(1000), plain(64), seed=5).batches(10, 10**6))
@@ -346,7 +346,7 @@ def test_rows_are_scaled_to_fp32_whatever_their_precision(dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("close", [True, False])
 def test_whoever_stops_asking_goes_on_after_the_last_batch_that_was_served(close: bool) -> None:
-    """Though others were prepared, of the next window too."""
+    """Although further batches were prepared, even from the next window."""
     served = []
     stream = ActivationStream(Numbers(1000), plain(64), seed=5)
     for number in range(40):
@@ -362,7 +362,7 @@ def test_whoever_stops_asking_goes_on_after_the_last_batch_that_was_served(close
 
 @pytest.mark.parametrize("widened", ["made", "started"])
 def test_a_thread_runs_only_once_its_owner_can_stop_it(widened: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal may come between any two lines; what runs by then must be known to the stream, which stops it."""
+    """A signal may arrive between any two lines; the stream must know every running thread to stop it."""
     known: list[bool] = []
 
     class Looking(Numbers):
@@ -370,7 +370,7 @@ def test_a_thread_runs_only_once_its_owner_can_stop_it(widened: str, monkeypatch
             known.append(stream._windows.reading is not None and stream._preparing is not None)
             yield from super().read(start)
 
-    if widened == "made":  # a pause after the object is made and before whoever makes it has it
+    if widened == "made":  # pause after the object is created, before its owner has it
         made = Ahead.__init__
 
         def slowly(*given: Any, **more: Any) -> None:

@@ -311,7 +311,7 @@ def test_what_a_model_does_not_allow_is_said_and_changes_nothing(
     found = evaluate_core(lm, {"a": jump_relu(0)}, rows, say=said.append)
     assert [note.split(" (made up)")[0] for note in said] == [
         "the output head of LlamaForCausalLM cannot be run on a few positions",
-        "LlamaForCausalLM cannot be run from the hook on",
+        "LlamaForCausalLM cannot be run from the hook onwards",
     ]
     for name, value in figures_of(expected["a"]).items():
         if name != "explained_variance_legacy":

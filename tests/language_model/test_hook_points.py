@@ -1,4 +1,4 @@
-"""Hook points of many families: blocks and parts are what the model computes, and what cannot be so is refused."""
+"""Hook points of many model families: blocks and parts match what the model computes; others are rejected."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +37,7 @@ def granite() -> Any:
 
 
 def made(config: Any, kind: Any = transformers.AutoModelForCausalLM) -> Any:
-    """A random model whose blocks do something and whose norms are not the identity."""
+    """A random model whose blocks have an effect and whose norms are not the identity."""
     torch.manual_seed(0)
     model = kind.from_config(config) if kind is transformers.AutoModelForCausalLM else kind(config)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_parts_are_what_the_block_adds(family: str, layer: int) -> None:
 
 def test_blooms_attention_is_without_the_residual_stream() -> None:
     lm, ids = lm_of(PARTS["bloom"]()), ids_of()
-    whole: list[Tensor] = []  # BLOOM's attention module gives the residual stream and what it adds to it
+    whole: list[Tensor] = []  # BLOOM's attention module returns the residual stream plus its output
     lm.model.transformer.h[1].self_attention.register_forward_hook(lambda *call: whole.append(call[2][0].clone()))
     at = points(1)
     seen = lm.activations_at(ids, [at["resid_pre"], at["attn_out"], at["resid_post"]])
@@ -90,7 +90,7 @@ def test_blooms_attention_is_without_the_residual_stream() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_part_that_is_multiplied_is_refused_with_how_far_it_is_off(hook: Any, dtype: torch.dtype) -> None:
     model = made(granite()).to(dtype)
-    # The parts are 1 / 0.22 times what is added: off by 3.55 times that.
+    # The parts output 1 / 0.22 times what the block adds, so they are off by 355% of that.
     with pytest.raises(ValueError, match=rf"got .{hook}., but no part .* is off by 35[3456]% .* can be used"):
         LanguageModel(model, None, layer=1, hook=hook)
     LanguageModel(model, None, layer=1, hook="resid_post")
@@ -112,7 +112,7 @@ def test_rounding_is_no_reason_to_refuse(family: str, dtype: torch.dtype) -> Non
         (lambda: transformers.MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=3, state_size=4),
          "attn_out", r"but MambaBlock has no such part \(it has norm, mixer\)"),
         (lambda: transformers.OPTConfig(**PLAIN, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=64),
-         "mlp_out", "is the output of fc2 in OPTDecoderLayer; but that has not the shape"),
+         "mlp_out", "is the output of fc2 in OPTDecoderLayer, but that does not have the shape"),
         (lambda: transformers.BertConfig(**PLAIN, intermediate_size=24, is_decoder=True), "attn_out", "is off by"),
     ],
 )  # fmt: skip
@@ -243,7 +243,7 @@ class OwnBlock(nn.Module):
 
 
 class Own(PreTrainedModel):
-    """No `use_cache`, no cache, no name of transformers' for embeddings; and blocks are called by keyword."""
+    """No `use_cache`, no cache, no transformers name for the embeddings; blocks are called with keywords."""
 
     config_class = OwnConfig
 
@@ -278,7 +278,7 @@ def test_a_model_of_ones_own_is_read_replaced_and_continued() -> None:
 
 
 class PostNormBlock(OwnBlock):
-    """Norms behind both parts, of names that say nothing; two experts that always run."""
+    """Norms after both parts, with meaningless names; two experts that always run."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)

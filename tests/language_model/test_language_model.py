@@ -1,4 +1,4 @@
-"""Text, packing, hook points and the stream: nothing lost or repeated, and hooks emit the model's own states."""
+"""Text, packing, hook points and the stream: nothing is lost or repeated, and hooks emit the model's states."""
 
 import json
 import sysconfig
@@ -105,7 +105,7 @@ def test_words_are_single_tokens_and_spelt_right() -> None:
     ("name", "content", "says"),
     [
         ("x.jsonl", "not json\n", "x.jsonl:1 is not JSON"),
-        ("x.jsonl", '{"body": "a"}\n', "no text under 'text'; it has: body"),
+        ("x.jsonl", '{"body": "a"}\n', "no text under 'text'; its fields are: body"),
         ("x.txt", " \n", "holds no text"),
         ("x.jsonl", '{"text": ""}\n{"text": "  "}\n', "holds no text"),
         ("x.csv", "a,b", "accepted are .txt, .jsonl, .*parquet"),
@@ -172,7 +172,6 @@ def test_hooks_equal_the_models_hidden_states(family: str, layer: int, tiny_mode
     torch.testing.assert_close(acts["resid_pre"], states[layer])
     if layer < 2:  # the last hidden state is taken after the final norm
         torch.testing.assert_close(acts["resid_post"], states[layer + 1])
-    # What is added to the residual stream: all three parts make up its step.
     torch.testing.assert_close(
         acts["resid_pre"] + acts["attn_out"] + acts["mlp_out"], acts["resid_post"], rtol=1e-4, atol=1e-4
     )

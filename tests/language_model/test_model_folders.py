@@ -1,4 +1,4 @@
-"""What a model's folder may be, and that ids, rows and text which a model cannot read are refused by name."""
+"""Accepted model folders, and clear errors for ids, rows and text that a model cannot read."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ PLAIN = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_atte
 
 @pytest.fixture
 def folder(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
-    """The tiny Llama, in a folder of the test's own."""
+    """A copy of the tiny Llama in the test's own folder."""
     return Path(shutil.copytree(tiny_models["llama"], tmp_path / "lm"))
 
 
@@ -104,7 +104,7 @@ def test_a_padding_token_beyond_the_embeddings_is_not_used(folder: Path) -> None
     assert lm.embeddings == 300
     path = str(write(folder / "a.jsonl", {"text": "The quick [PAD]brown"}))
     config = DataConfig(source="files", path=path, context=64, parse_special_tokens=True)
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: the token '\[PAD\]' has the id 300, .* 300 rows; give the tok"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the token '\[PAD\]' has id 300, .* 300 rows; give the tok"):
         list(packed_rows(config, lm.tokenizer, embeddings=lm.embeddings))
     write(folder / "a.jsonl", {"text": "The quick brown"})
     (rows,) = packed_rows(config, lm.tokenizer, embeddings=lm.embeddings)
@@ -123,7 +123,7 @@ def test_bos_and_eos_beyond_the_embeddings_are_refused_when_the_model_is_loaded(
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"eos_token": "<|new|>"})
     tokenizer.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"model\.tokenizer: its eos_token '<\|new\|>' has the id 300, .* 300 rows"):
+    with pytest.raises(ValueError, match=r"model\.tokenizer: its eos_token '<\|new\|>' has id 300, .* 300 rows"):
         load(folder)
 
 
@@ -136,7 +136,7 @@ def test_ids_of_the_data_beyond_the_embeddings_are_named_with_their_place(folder
     config = DataConfig(source="files", path=str(data), tokens_field="ids", context=16, workers=workers)
     run = run_config(folder / "run", folder, folder, data=config.model_dump())
     lm = load(folder)
-    with pytest.raises(ValueError, match=r"tokens_field: .*a\.jsonl:2: the token '<new>' has the id 300, .* 300 rows"):
+    with pytest.raises(ValueError, match=r"tokens_field: .*a\.jsonl:2: the token '<new>' has id 300, .* 300 rows"):
         list(live_reader(run, lm).read())
 
 
@@ -144,9 +144,9 @@ def test_rows_that_come_another_way_are_checked_too(folder: Path) -> None:
     lm = load(folder)
     ids = torch.tensor([[4, 5, 6], [4, 5, 300]])
     for read in (lm.activations, lambda ids: lm.continuations(ids[:, :1], ids[:, 1:])):
-        with pytest.raises(ValueError, match=r"in row 1, position 2 has the id 300, and the model's embeddings have"):
+        with pytest.raises(ValueError, match=r"in row 1, position 2 has id 300, but the model's embedding matrix has"):
             read(ids)
-    with pytest.raises(ValueError, match=r"rows of 65 tokens: the model reads at most 64"):
+    with pytest.raises(ValueError, match=r"ids_RT: got rows of 65 tokens; the model reads at most 64"):
         lm.activations(torch.ones(1, 65, dtype=torch.long))
 
 
@@ -213,13 +213,13 @@ def test_ids_are_read_as_they_are_without_a_tokenizer(folder: Path, tiny_models:
     assert usual.ids[0, :8].tolist() == [0, 5, 6, 0, 7, 0, 8, 9]  # BOS first, EOS between
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])  # of GPT-2, transformers makes an empty tokenizer up
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # for GPT-2, transformers creates an empty tokenizer
 def test_text_without_a_tokenizer_is_refused_with_the_key(
     family: str, tiny_models: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
     folder = remove_tokenizer(Path(shutil.copytree(tiny_models[family], tmp_path / "lm")))
     config = run_config(tmp_path / "run", folder, corpus)
-    with pytest.raises(ValueError, match=r"model\.tokenizer: '.*lm' has no tokenizer, and text needs one; give"):
+    with pytest.raises(ValueError, match=r"model\.tokenizer: '.*lm' has no tokenizer, but text needs one; give"):
         train(config)
     model = {"name": str(folder), "layer": 1, "tokenizer": str(tiny_models["llama"])}
     train(run_config(tmp_path / "run", folder, corpus, model=model))

@@ -1,4 +1,4 @@
-"""Passes from the hook on, with the head on pieces, against whole passes; and how often each part is computed."""
+"""Passes that start at the hook, with the head on pieces, against whole passes; and how often each part is computed."""
 
 from collections import Counter
 from typing import Any
@@ -42,7 +42,7 @@ REFUSED = {
     ("granite", "attn_out"),
     ("granite", "mlp_out"),
 }
-"""Blocks where no part is what is added to the residual stream."""
+"""Blocks in which no part outputs what is added to the residual stream."""
 IDS = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(1))
 SCORED = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(2)) < 0.7
 
@@ -57,7 +57,7 @@ def language_model(family: str, hook: Any = "resid_post", layer: int = 1) -> Lan
 
 
 def logits_of(passes: Passes, change: Any) -> tuple[Tensor, Tensor]:
-    """Logits at the scored positions of the clean pass and of one with a changed hook."""
+    """Logits at the scored positions, of the clean pass and of one with a changed hook output."""
     first = passes.read(IDS, SCORED)
     finals = first.clean, first.final(change(first.hidden_RTD))
     clean, changed = (torch.cat([logits(final) for _, logits in first.pieces()]) for final in finals)
@@ -69,7 +69,7 @@ def change(hidden: Tensor) -> Tensor:
 
 
 def check(lm: LanguageModel, passes: Passes) -> None:
-    """Both passes give the model's own logits."""
+    """Both passes reproduce the model's logits."""
     clean, changed = logits_of(passes, change)
     torch.testing.assert_close(clean, lm.model(IDS, use_cache=False).logits[SCORED], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(changed, lm.logits(IDS, change)[SCORED], rtol=1e-5, atol=1e-5)
@@ -78,7 +78,7 @@ def check(lm: LanguageModel, passes: Passes) -> None:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of five positions."""
+    """Use pieces of five positions."""
     monkeypatch.setattr(passes_module, "_PIECE", {"cpu": 5 * 300})
     monkeypatch.setattr(passes_module, "_SMALLEST_PIECE", 1)
 
@@ -134,7 +134,7 @@ def test_blocks_before_the_hook_run_once_and_the_head_on_pieces(hook: str, first
 
 
 class Widest(TorchDispatchMode):
-    """The most rows of V numbers that any operation returned."""
+    """Records the maximum number of rows of V numbers returned by any operation."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ def test_logits_of_all_positions_are_never_in_memory() -> None:
 
 
 def later_block_reads_an_earlier_one(lm: LanguageModel, left: dict[str, Any]) -> None:
-    """The last block adds what the first block's MLP left in this pass."""
+    """The last block adds what the first block's MLP computed in this pass."""
     lm.blocks[0].mlp.register_forward_hook(lambda _, __, output: left.__setitem__("x", output))
     lm.blocks[2].mlp.register_forward_hook(lambda _, __, output: output + left["x"])
 
@@ -185,7 +185,7 @@ def test_a_model_whose_later_blocks_read_earlier_ones_runs_whole(missing: str) -
     assert not passes.skips
     assert passes.in_pieces
     (note,) = passes.notes
-    assert "LlamaForCausalLM cannot be run from the hook on" in note
+    assert "LlamaForCausalLM cannot be run from the hook onwards" in note
     assert ("KeyError" if missing == "raises" else "logits differ by") in note
     assert "first 2 blocks" in note
     check(lm, passes)
@@ -220,7 +220,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_a_forward_of_the_objects_own_comes_back() -> None:
-    """As libraries put one there to move weights between devices."""
+    """As set by libraries that move weights between devices."""
     lm = language_model("llama")
     block = lm.blocks[0]
     own = block.forward

@@ -1,4 +1,4 @@
-"""Bytes to text: read as what they certainly are, else refused with file, place and key; bad records are counted."""
+"""Decoding: certain encodings are read, others refused with file, place and key; skipped bad records are counted."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ from planted import WORDS, documents, planted_tokenizer, records, write_parquet,
 
 RUN = {"output": "x", "train": {"tokens": 100}, "saes": [{"name": "a", "width": 8, "k": 2}]}
 WORDED = "Größe, naïve – “мир”\nsecond line, 世界 😀\n"
-LINES = [{"text": WORDED}, {"text": "two\n"}, {"text": "ਊ ఊ \u0a0a"}]  # with bytes of a line break in wide characters
+LINES = [{"text": WORDED}, {"text": "two\n"}, {"text": "ਊ ఊ \u0a0a"}]  # characters whose UTF-16 bytes contain 0x0a
 PACK: dict[str, Any] = {".jsonl": lambda data: data, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstd.compress}
 
 
@@ -142,17 +142,20 @@ def test_python_files_are_read_as_they_declare(tmp_path: Path, monkeypatch: pyte
 
 SURROGATE = '{"text": "broken \\ud83d emoji"}'
 BAD = [
-    (SURROGATE, r"data\.text_field: .*:3 holds half of a surrogate pair \(\\ud83d, no character\) at character 7"),
+    (
+        SURROGATE,
+        r"data\.text_field: .*:3 holds half of a surrogate pair .*, not a valid character\) at character 7",
+    ),
     ("oops", r"data\.path: .*:3 is not JSON \(Expecting value at character 0\)"),
     ('{"text": "a"} x', r":3 is not JSON \(Extra data at character 14\)"),
-    ("[1]", r":3 is not an object but list"),
-    ('"text"', r":3 is not an object but str"),
-    ("null", r":3 is not an object but NoneType"),
-    ('{"body": "a"}', r"data\.text_field: .*:3 has no text under 'text'; it has: body"),
-    ('{"text": null}', r":3 has no text under 'text' but NoneType"),
-    ('{"text": ["a"]}', r":3 has no text under 'text' but list"),
-    ('{"text": ' + "9" * 5000 + "}", r":3 is not JSON that can be read \(Exceeds the limit"),
-    ("[" * 200_000, r":3 is not JSON"),
+    ("[1]", r":3: expected a JSON object; found list"),
+    ('"text"', r":3: expected a JSON object; found str"),
+    ("null", r":3: expected a JSON object; found NoneType"),
+    ('{"body": "a"}', r"data\.text_field: .*:3 has no text under 'text'; its fields are: body"),
+    ('{"text": null}', r":3 has no text under 'text': found NoneType"),
+    ('{"text": ["a"]}', r":3 has no text under 'text': found list"),
+    ('{"text": ' + "9" * 5000 + "}", r":3 cannot be parsed as JSON \(Exceeds the limit"),
+    ("[" * 200_000, r":3 cannot be parsed as JSON"),
     ("\0\0\0", r":3 is not JSON"),
 ]
 
@@ -170,7 +173,7 @@ def test_bad_records_are_named_or_skipped(bad: str, says: str, tmp_path: Path) -
     text = tokenizer.decode([token for part in rows for token in part.ids[part.real].tolist()])
     assert text == "onetwothreefour" * 2
     assert skipped.count == 4
-    assert skipped.report == "bad records of the text that were skipped: 4"
+    assert skipped.report == "bad records skipped: 4"
     assert len(said) == 1
     assert ":3" in said[0]
 
@@ -227,7 +230,7 @@ def test_a_data_set_skips_too(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": "three"}\n')
     config = DataConfig(source="hf", path=str(tmp_path), context=8)
     tokenizer = tiny_tokenizer()
-    with pytest.raises(ValueError, match="has no text under 'text' but NoneType"):
+    with pytest.raises(ValueError, match="has no text under 'text': found NoneType"):
         list(packed_rows(config, tokenizer))
     skipped = Skipped()
     list(packed_rows(config.model_copy(update={"bad_records": "skip"}), tokenizer, skipped=skipped))
@@ -238,7 +241,7 @@ def test_nothing_but_bad_records(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("x\ny\n")
     config = config_of(tmp_path, bad_records="skip")
     with pytest.raises(
-        ValueError, match=r"holds no text; all records were skipped, the first: .*a\.jsonl:1 is not JSON"
+        ValueError, match=r"holds no text; all records were skipped; the first error: .*a\.jsonl:1 is not JSON"
     ):
         check_source(config)
     with pytest.raises(ValueError, match="nothing to train on; 2 records were skipped"):
@@ -260,4 +263,4 @@ def test_training_says_what_it_skipped(tiny_models: dict[str, Path], corpus: Pat
         train(config, console=Console(file=out, width=400))
     said = (tmp_path / "said").read_text()
     assert "skipped a bad record: data.text_field" in said
-    assert "bad records of the text that were skipped: " in said
+    assert "bad records skipped: " in said

@@ -1,4 +1,4 @@
-"""A part of every source that training never reads: chosen by content, read by evaluations."""
+"""The held-out part of every source: chosen by content, read by evaluations, never by training."""
 
 import io
 import itertools
@@ -72,7 +72,7 @@ def test_every_document_is_in_one_part(kind: str, form: str, tmp_path: Path) -> 
 def test_the_part_follows_from_the_content_alone(tmp_path: Path) -> None:
     rows = records(docs(400))
     first = DataConfig.model_validate(write(tmp_path / "a", rows, "jsonl"))
-    # In another order, each twice, among others, in another kind of file.
+    # The same documents in another order, twice each, mixed with others, in another file format.
     other = rows[::-1] + records([[word] for word in WORDS[:50]]) + rows
     second = DataConfig.model_validate(write(tmp_path / "b", other, "parquet"))
     kept, again = set(read(first, True)), read(second, True)
@@ -126,7 +126,7 @@ def test_sources_of_few_documents_are_read_whole(tmp_path: Path) -> None:
     assert read(config, True) == read(config, False)
     copies = write(tmp_path / "copies", records([["aaa"]] * 500), "jsonl")
     assert not held_out_kept(DataConfig.model_validate(copies))
-    # One part that keeps nothing, and the mixture has text that was trained on.
+    # If one part holds out nothing, the held-out text of the mixture would include text that was trained on.
     large = write(tmp_path / "large", records(docs(1000)), "jsonl")
     assert held_out_kept(DataConfig.model_validate({"source": "mixture", "parts": [large, large]}))
     assert not held_out_kept(DataConfig.model_validate({"source": "mixture", "parts": [large, source]}))
@@ -136,9 +136,9 @@ def test_sources_of_few_documents_are_read_whole(tmp_path: Path) -> None:
 def test_a_position_in_the_other_part_is_refused(tmp_path: Path) -> None:
     config = DataConfig.model_validate(write(tmp_path / "text", records(docs(600)), "jsonl") | {"context": 8})
     start = next(packed_rows(config, planted_tokenizer())).position
-    with pytest.raises(ValueError, match="its text was"):
+    with pytest.raises(ValueError, match="the text was"):
         next(packed_rows(config, planted_tokenizer(), held_out=True, start=start))
-    with pytest.raises(ValueError, match="its text was"):
+    with pytest.raises(ValueError, match="the text was"):
         next(packed_rows(config.model_copy(update={"held_out": 0.03}), planted_tokenizer(), start=start))
 
 

@@ -1,4 +1,4 @@
-"""Rows of tokens: every planted token once, over workers, shards and mixtures; going on equals never having stopped."""
+"""Packed rows: every planted token exactly once, for workers, shards and mixtures; resuming changes nothing."""
 
 import itertools
 import json
@@ -59,7 +59,7 @@ SOURCES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted documents in every kind of file."""
+    """The planted documents in every file format."""
     root = tmp_path_factory.mktemp("planted")
     for ending in ("txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"):
         write_planted(root / ending, ending)
@@ -94,7 +94,7 @@ def test_every_planted_token_comes_once_and_going_on_equals_never_stopping(kind:
         start = json.loads(json.dumps(whole[number].position))
         rest = list(packed_rows(config, tokenizer, rows=3, seed=5, epochs=2, start=start))
         assert same(rest, whole[number:])
-    # In batches of another size, too; both epochs end in padding.
+    # Also with another batch size; both epochs end in padding.
     start = whole[4].position
     rest = list(packed_rows(config, tokenizer, rows=2, seed=5, start=start))
     assert torch.equal(torch.cat([part.ids for part in rest]), torch.cat([part.ids for part in once[4:]]))
@@ -119,7 +119,7 @@ def test_shards_share_the_documents(kind: str, folder: Path) -> None:
     assert all(real_words(part) for part in parts)
     again = list(packed_rows(config, tokenizer, seed=2, rows=2, shard=(1, 3), start=parts[1][2].position))
     assert same(again, parts[1][2:])
-    with pytest.raises(ValueError, match=r"shard was \[1, 3\], and is \[2, 3\] now"):
+    with pytest.raises(ValueError, match=r"shard was \[1, 3\] and is now \[2, 3\]"):
         next(packed_rows(config, tokenizer, seed=2, shard=(2, 3), start=parts[1][2].position))
 
 
@@ -129,7 +129,7 @@ def test_a_shard_without_documents_is_named(folder: Path) -> None:
 
 
 class Counted(transformers.PreTrainedTokenizerFast):
-    """Counts the texts it is asked to encode."""
+    """Counts the texts that it encodes."""
 
     calls = 0
 
@@ -205,9 +205,9 @@ def test_a_mixture_keeps_its_weights_and_goes_on(folder: Path, tmp_path: Path) -
         for row in part.ids[:, 1:].flatten().tolist():
             if row >= 3:
                 (first if WORDS[row - 3] in ALL else second).update([WORDS[row - 3]])
-    # Documents have at most 20 words and an end; so many may one part be ahead of the other.
+    # A document has at most 20 words and EOS; one part can be ahead of the other by that many tokens.
     assert abs(first.total() / 3 - second.total()) < 60
-    # The mixture ends with its last part, here the second; the first has begun again.
+    # The mixture ends when its last part does, here the second; the first is already in its next pass.
     assert set(second.values()) == {1}
     assert len(second) == len(set(itertools.chain.from_iterable(documents(50, first=1000))))
     assert set(first.values()) == {2, 3}
@@ -249,8 +249,8 @@ def test_ends_are_not_doubled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "chat", "says"),
     [
-        ("jsonl", {"drop_tokens": [5000]}, True, r"data\.drop_tokens: got the id 5000; the tokenizer's are 0 to 2003"),
-        ("jsonl", {"drop_tokens": [" aaa aab"]}, True, r"data\.drop_tokens: ' aaa aab' is 2 tokens"),
+        ("jsonl", {"drop_tokens": [5000]}, True, r"data\.drop_tokens: got id 5000; the tokenizer's ids are 0 to 2003"),
+        ("jsonl", {"drop_tokens": [" aaa aab"]}, True, r"data\.drop_tokens: got ' aaa aab', which is 2 tokens"),
         ("jsonl of chats", {}, False, r"data\.chat_field: got 'chat', but the tokenizer has no chat template"),
         ("txt", {"source": "files", "chat_field": "chat"}, True, r"data\.path: .*txt is plain text"),
     ],
@@ -265,7 +265,7 @@ def test_what_does_not_fit_the_tokenizer_is_named_before_reading(
 def test_ids_and_messages_that_do_not_fit_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"ids": [5]}\n{"ids": [5, 2004]}\n')
     config = DataConfig(source="files", path=str(tmp_path), tokens_field="ids")
-    with pytest.raises(ValueError, match=r"data\.tokens_field: .*a\.jsonl:2 has the id 2004; .* 0 to 2003"):
+    with pytest.raises(ValueError, match=r"data\.tokens_field: .*a\.jsonl:2 has id 2004; .* 0 to 2003"):
         list(packed_rows(config, planted_tokenizer()))
     (tmp_path / "a.jsonl").write_text('{"chat": [{"role": "user", "content": "x"}]}\n')
     tokenizer = planted_tokenizer()
@@ -280,10 +280,10 @@ def test_a_position_in_other_text_is_refused(folder: Path, tmp_path: Path) -> No
     write_planted(tmp_path)
     config = DataConfig(source="files", path=str(tmp_path), context=11)
     position = next(packed_rows(config, tokenizer, seed=3)).position
-    with pytest.raises(ValueError, match="its seed was 3, and is 4 now"):
+    with pytest.raises(ValueError, match="the seed was 3 and is now 4"):
         next(packed_rows(config, tokenizer, seed=4, start=position))
     (tmp_path / "new.txt").write_text("more")
-    with pytest.raises(ValueError, match=r"its text was \['3 files .*, and is \['4 files"):
+    with pytest.raises(ValueError, match=r"the text was \['3 files .* and is now \['4 files"):
         next(packed_rows(config, tokenizer, seed=3, start=position))
 
 
@@ -302,7 +302,7 @@ def test_rows_do_not_depend_on_workers(folder: Path, monkeypatch: pytest.MonkeyP
 
 def test_workers_report_faults_after_the_rows_before_them(tmp_path: Path) -> None:
     good = "".join(f'{{"ids": [{3 + number}]}}\n' for number in range(300))
-    for bad, says in (('{"ids": [9999]}\n', "a.jsonl:301 has the id 9999"), ("oops\n", "a.jsonl:301 is not JSON")):
+    for bad, says in (('{"ids": [9999]}\n', "a.jsonl:301 has id 9999"), ("oops\n", "a.jsonl:301 is not JSON")):
         (tmp_path / "a.jsonl").write_text(good + bad + good)
         seen = []
         for workers in (0, 1):

@@ -1,4 +1,4 @@
-"""Which files a path names: the one of that name first, globs otherwise; links are followed."""
+"""Resolving paths to files: an existing file has priority over a glob; links are followed."""
 
 import os
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_relative_paths_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path / "here")
     assert names("~/text/a.jsonl") == names("~/text") == names("~/text/*.jsonl") == ["a.jsonl"]
     assert names("b[2].jsonl") == names("./b[2].jsonl") == names("*.jsonl") == ["b[2].jsonl"]
-    assert names("~/c.jsonl") == ["c.jsonl"]  # something of that very name
+    assert names("~/c.jsonl") == ["c.jsonl"]  # a file with exactly that name
     with pytest.raises(ValueError, match=r"no file matches '~nobody-of-that-name/x\.txt'"):
         file_paths("~nobody-of-that-name/x.txt")
     check_source(DataConfig(source="hf", path="~/text"))
@@ -61,7 +61,7 @@ def test_links(tmp_path: Path) -> None:
     assert names(folder) == ["a.jsonl", "one.jsonl"]  # each folder once
     (folder / "lost.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
     for pattern in (folder, folder / "lost.jsonl", folder / "*.jsonl"):
-        with pytest.raises(ValueError, match=r"lost\.jsonl is a link to something that is not there"):
+        with pytest.raises(ValueError, match=r"lost\.jsonl is a broken symbolic link"):
             file_paths(str(pattern))
 
 

@@ -1,4 +1,4 @@
-"""Long text in pieces: the same tokens as the whole, the same pieces from any of them on, and little memory."""
+"""Long text in pieces: the same tokens as the whole text, the same pieces after resuming, and little memory."""
 
 import random
 from pathlib import Path
@@ -24,11 +24,11 @@ LLAMA3 = (
 )
 EXTRA = ["naïve", "мир", "こんにちは", "世界", "x1", "12345678", "don't", "…", "—", "<s>", "▁", "Ġ", "é", "😀"]
 SMALL = 200
-"""Characters of a piece in these tests."""
+"""Length of a piece in these tests, in characters."""
 
 
 def sample(seed: int, words: int = 900) -> str:
-    """Words of several scripts, numbers, signs, runs of blanks and line breaks."""
+    """Words in several scripts, numbers, punctuation, runs of spaces and line breaks."""
     rng = random.Random(seed)
     known = [*TEXT.split(), *EXTRA]
     breaks = [" ", " ", " ", " ", "  ", "\n", "\n\n", ".\n", ". ", "\t", "\n    ", "\r\n", "\u00a0", "。\n"]
@@ -54,7 +54,7 @@ def byte_level(pre_tokenizer: Any, **parts: Any) -> transformers.PreTrainedToken
 
 
 def llama2() -> transformers.PreTrainedTokenizerFast:
-    """SentencePiece's BPE as converted: a blank put before the text, and merges that no pre-tokenizer bounds."""
+    """A converted SentencePiece BPE: inserts a space before the text, and no pre-tokenizer limits its merges."""
     bounded = trained(models.BPE(unk_token="<unk>"), bpe(), pre_tokenizer=pre_tokenizers.Metaspace())
     inner = bounded.backend_tokenizer
     inner.pre_tokenizer = None
@@ -112,7 +112,7 @@ TOKENIZERS = {
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of some hundred characters."""
+    """Use pieces of a few hundred characters."""
     monkeypatch.setattr(c2r.text.pieces, "PIECE", SMALL)
     monkeypatch.setattr(c2r.text.tokenizing, "PIECE", SMALL)
     monkeypatch.setattr(c2r.text.pieces, "_STEP", 32)
@@ -154,7 +154,7 @@ def test_pieces_come_again_from_any_of_them_on(name: str, small: None) -> None:
 
 
 def no_splitting() -> transformers.PreTrainedTokenizerFast:
-    """Merges across blanks, as in tokenizers whose tokens are several words."""
+    """Merges across spaces, as in tokenizers with tokens of several words."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)

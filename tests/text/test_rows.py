@@ -1,4 +1,4 @@
-"""What opens a row, what a record that is a row becomes, and special tokens that are spelled out in text or chats."""
+"""How rows begin, records used as rows, and special tokens spelled out in text or chats."""
 
 import json
 from pathlib import Path
@@ -143,7 +143,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("given", [None, False])
 def test_a_chat_has_the_rows_bos_and_one_end(template: str, adds: bool, given: bool | None, tmp_path: Path) -> None:
-    """Whatever the template writes, and whatever the tokenizer adds to text when it is let."""
+    """For all templates, whether or not the tokenizer adds special tokens by default."""
     write_planted(tmp_path, files=1, docs=documents(12))
     tokenizer = planted_tokenizer()
     tokenizer.chat_template = TEMPLATES[template]

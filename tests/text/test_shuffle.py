@@ -1,4 +1,4 @@
-"""Rows shuffled over windows of the text: each once, in an order that can be rebuilt from any place."""
+"""Rows shuffled within windows of the text: each exactly once, in an order that can be resumed at any position."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from c2r.text.shuffle import shuffled_rows
 
 
 class Numbered:
-    """Rows whose tokens are all the row's number, but for a last that is not real; batches of differing sizes.
+    """Rows in which every token is the row's number, except the last, which is not real; batches of varying size.
 
     A pass has `of_a_pass` rows; a batch ends there.
     """

@@ -1,4 +1,4 @@
-"""Sources of text: what a YAML may say of them, and that whatever cannot be read is named with its place."""
+"""Sources of text: their configuration, and errors that name the place of anything that cannot be read."""
 
 import gzip
 import json
@@ -99,8 +99,8 @@ def middle_byte_flipped(data: bytes) -> bytes:
         ("a.jsonl.zst", good(3), r"a\.jsonl\.zst cannot be read after line 0: "),
         ("a.jsonl", good(5)[:-9], r"data\.path: .*a\.jsonl:5 is not JSON"),
         ("a.jsonl", good(2) + b'{"text": "\xff"}\n', r"data\.path: .*a\.jsonl:3 is not UTF-8"),
-        ("a.jsonl", good(2) + b"[1]\n", r"data\.path: .*a\.jsonl:3 is not an object but list"),
-        ("a.jsonl", good(1) + b'{"text": 5}\n', r"data\.text_field: .*:2 has no text under 'text' but int: 5"),
+        ("a.jsonl", good(2) + b"[1]\n", r"data\.path: .*a\.jsonl:3: expected a JSON object; found list"),
+        ("a.jsonl", good(1) + b'{"text": 5}\n', r"data\.text_field: .*:2 has no text under 'text': found int: 5"),
         ("a.parquet", b"PAR1 not really", r"data\.path: .*a\.parquet cannot be read from row 0 on"),
     ],
 )
@@ -123,26 +123,26 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
         check_source(DataConfig(source="files", path=str(path), held_out=0))
     half = len(data) // 2
     path.write_bytes(data[: half - 3000] + bytes(6000) + data[half + 3000 :])  # whole pages are gone
-    with pytest.raises(ValueError, match=r"a\.parquet cannot be read from row \d\d+ on"):
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read from row \d\d+ onwards"):
         read_all(DataConfig(source="files", path=str(path), held_out=0))
 
 
 CHATS: list[tuple[Any, str]] = [
-    ("hello", r"has no list of messages under 'chat' but str"),
+    ("hello", r"has no list of messages under 'chat': found str"),
     ([{"role": "user"}], r"expected messages with 'role', a string, and 'content'; found \{'role': 'user'\}"),
     ([{"role": 1, "content": "x"}], r"expected messages with 'role'"),
     (["x"], r"expected messages with 'role'"),
 ]
 TOKENS: list[tuple[Any, str]] = [
-    ("hello", r"tokens_field: .* has no list of token ids under 'ids' but str"),
-    ([1, 2.5], r"no list of token ids under 'ids' but list"),
+    ("hello", r"tokens_field: .* has no list of token ids under 'ids': found str"),
+    ([1, 2.5], r"no list of token ids under 'ids': found list"),
     ([[1], [2]], r"no list of token ids under 'ids'"),
     ([[1], [2, 3]], r"no list of token ids under 'ids'"),
 ]
 MASKS: list[tuple[Any, str]] = [
     ([1, 2], r"mask_field: .* has no list of 0 and 1 under 'mask'"),
-    (None, r"no list of 0 and 1 under 'mask' but NoneType"),
-    ([1], r"mask_field: .* has 2 tokens and a mask of 1"),
+    (None, r"no list of 0 and 1 under 'mask': found NoneType"),
+    ([1], r"mask_field: .* has 2 tokens but a mask of length 1"),
 ]
 
 
@@ -213,9 +213,7 @@ def test_saved_data_sets_have_splits(tmp_path: Path) -> None:
     for streaming in (False, True):
         config = DataConfig(source="hf", path=str(tmp_path), split="test", streaming=streaming)
         assert read_all(config) == [" aaa aab"]
-        with pytest.raises(
-            ValueError, match=r"cannot open data set .*split 'validation': it has the splits train, tes"
-        ):
+        with pytest.raises(ValueError, match=r"cannot open data set .*split 'validation': its splits are train, tes"):
             check_source(config.model_copy(update={"split": "validation"}))
 
 
@@ -233,5 +231,5 @@ def test_a_data_set_of_files_is_shuffled_as_a_whole(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-100]])
 def test_damaged_files_of_a_data_set_are_named(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(damage(gzip.compress(good(3000))))
-    with pytest.raises(ValueError, match=r"data\.path: cannot (read on in|open data set)"):
+    with pytest.raises(ValueError, match=r"data\.path: cannot (continue in|open data set)"):
         read_all(DataConfig(source="hf", path=str(tmp_path)))

@@ -365,7 +365,7 @@ def test_a_language_model_with_code_in_its_pickle_is_refused(
     torch.save(weights, folder / "pytorch_model.bin")
     assert load_language_model(ModelConfig(name=str(folder))).d_in == 16  # tensors alone are read
     torch.save(weights | {"more": Code(tmp_path / "ran")}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"model\.name: .*model' holds a pickle with code in it, which was not run"):
+    with pytest.raises(ValueError, match=r"model\.name: .*model' holds a pickle that contains code, which was not run"):
         train(run_config(tmp_path / "run", folder, corpus))
     assert not (tmp_path / "ran").exists()
 

@@ -69,7 +69,7 @@ def test_a_cache_of_other_contents_is_refused(part: str, cached: RunConfig, tmp_
     before = files(cached.cache.path)
     change(part, tmp_path)
     for use in (train, fill_cache):
-        with pytest.raises(ValueError, match=rf"(?s)acts was made of something else; .*{SAYS[part]} .* now "):
+        with pytest.raises(ValueError, match=rf"(?s)acts was made from other data, .*{SAYS[part]} .* now "):
             use(cached, console=QUIET)
     assert files(cached.cache.path) == before
     assert not cached.output.exists()
@@ -92,7 +92,7 @@ def test_the_same_contents_serve_wherever_they_are(cached: RunConfig, tmp_path: 
 def test_a_cache_of_another_format_is_refused(cached: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
     for use in (train, fill_cache):
-        with pytest.raises(ValueError, match=r"acts has format 2, which does not record .* it reads format 3"):
+        with pytest.raises(ValueError, match=r"acts has format 2, which does not record .* reads format 3"):
             use(cached, console=QUIET)
 
 
@@ -102,7 +102,7 @@ def test_a_manifest_of_something_else_is_not_called_a_damaged_cache(live: RunCon
     (tmp_path / "acts").mkdir()
     (tmp_path / "acts" / "manifest.json").write_text('{"name": "a page", "icons": []}')
     for use in (train, fill_cache):
-        with pytest.raises(ValueError, match="holds something else than a cache") as refused:
+        with pytest.raises(ValueError, match="holds something other than a cache") as refused:
             use(config, console=QUIET)
         assert "delete" not in str(refused.value)
     assert os.listdir(tmp_path / "acts") == ["manifest.json"]

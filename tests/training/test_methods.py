@@ -65,7 +65,7 @@ def test_c2r_lowers_cosines_and_keeps_the_reconstruction(method: str) -> None:
     cosine = [nearest_neighbors(sae.W_dec.detach()).cosine.mean().item() for sae in (plain(method), pressed)]
     assert cosine[1] < cosine[0]
     assert explained(plain(method), x) > 0.6
-    # A fixed number of latents a token serves merged rows, which C²R presses apart (docs/explanation/methods.md): it costs more.
+    # With a fixed number of latents per token it costs more: see docs/explanation/methods.md.
     allowed = 0.05 if method in ("top_k", "abs_top_k") else 0.02
     assert explained(pressed, x) > explained(plain(method), x) - allowed
 

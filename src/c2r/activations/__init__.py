@@ -1,1 +1,1 @@
-"""From rows of token ids to batches of activations; the README beside this file draws the way."""
+"""From rows of token ids to batches of activations; see the README in this folder for the steps."""

@@ -1,9 +1,9 @@
-"""Activations on disk: a manifest, a line a shard, and safetensors files; read back as the language model emits them.
+"""Activations on disk: a manifest, one line per shard, and safetensors files; read back as the model emitted them.
 
-    manifest.json                                what the activations were made of, and what they measure
-    shards.jsonl                                 a line a shard: tokens, where its text begins, sizes and checksums
-    000000.tokens.safetensors                    ids int32 [n], where int32 [n, 2] (row, position in it)
-    000000.blocks.12.hook_resid_post.safetensors x [n, D], norms fp32 [n]; one a hook point
+    manifest.json                                what the activations were made from, and statistics measured on them
+    shards.jsonl                                 one line per shard: tokens, where its text begins, sizes and checksums
+    000000.tokens.safetensors                    ids int32 [n], where int32 [n, 2] (row, position in the row)
+    000000.blocks.12.hook_resid_post.safetensors x [n, D], norms fp32 [n]; one file per hook point
 
 n tokens of a shard · D width of the activations.
 """
@@ -34,15 +34,15 @@ _CHUNK, _PART_TOKENS = 2**20, 8192
 
 
 class CacheReader:
-    """Parts of a cache in the order of the text; after the last shard, all again in an order of that round's own.
+    """Parts of a cache, in the order of the text; after the last shard, further rounds in a shuffled order of shards.
 
-    A shard's files are mapped and their checksums are compared before any of it is served, which brings them into
-    memory; rows are then taken from the system's own copy of the file.
+    A shard's files are memory-mapped and their checksums verified before any of it is served. This loads them into the
+    system's page cache, from which rows are then read.
 
     Arguments:
         folder: the cache.
-        points: hook points to read, of those that it has.
-        seed: of the order of shards after the first round.
+        points: hook points to read; the cache must have them.
+        seed: seed of the order of shards after the first round.
     """
 
     def __init__(self, folder: Path, points: Sequence[HookPoint], *, seed: int = 0) -> None:
@@ -50,7 +50,7 @@ class CacheReader:
         self.shards = read_shards(folder)
 
     def decode(self, token: int) -> str | None:
-        """The text of a token, where the harvest wrote it down for having a large norm."""
+        """The text of a token, if the harvest recorded it as one with a large norm."""
         looks = (read_manifest(self.folder) or {}).get("look", {})
         return {sink["id"]: sink["text"] for look in looks.values() for sink in look["sinks"]}.get(token)
 
@@ -58,7 +58,7 @@ class CacheReader:
         """See `Reader`.
 
         Raises:
-            ValueError: a shard is missing or damaged; says which and what to do.
+            ValueError: a shard is missing or damaged; the message says which and what to do.
         """
         start = start or {"round": 0, "shard": 0, "token": 0}
         for number in itertools.count(start["round"]):
@@ -89,31 +89,30 @@ class CacheReader:
 
 
 def open_cache(config: RunConfig) -> dict[str, Any]:
-    """The manifest of the configured cache, finished and made of what the configuration says.
+    """The manifest of the configured cache, after checking that it is complete and matches the configuration.
 
-    Text and model are compared with those of the cache by their contents where they lie on this machine; they need
-    not.
+    Text and model are compared with the cache's by their contents, if they are on this machine; they need not be.
 
     Raises:
-        ValueError: there is none, `c2r harvest` has not come to its end, or it was made of something else; the
-            differences are shown.
+        ValueError: there is no cache, `c2r harvest` has not finished, or the cache was made from something else; the
+            message lists the differences.
     """
     assert config.cache is not None
     folder = config.cache.path
     manifest = read_manifest(folder)
     if manifest is None:
-        raise ValueError(f"cache.path: {folder} holds no cache; `c2r harvest` with this configuration makes it")
+        raise ValueError(f"cache.path: {folder} holds no cache; run `c2r harvest` with this configuration first")
     check_origin(manifest, config)
     refuse_differences(config, local_differences(manifest["identity"], config))
     if not manifest["complete"]:
         raise ValueError(
-            f"cache.path: {folder} is not finished; run `c2r harvest` again, which goes on where it stopped"
+            f"cache.path: {folder} is not finished; run `c2r harvest` again, which resumes where it stopped"
         )
     return manifest
 
 
 def origin_of(config: RunConfig) -> dict[str, Any]:
-    """What the activations of a configuration are made of."""
+    """The settings from which a configuration's activations are made."""
     model, cache = config.model, config.cache
     centred = {"center_writing_weights": True} if model.center_writing_weights else {}
     dtype = None if cache is None else cache.dtype
@@ -133,10 +132,10 @@ def origin_of(config: RunConfig) -> dict[str, Any]:
 
 
 def check_origin(manifest: dict[str, Any], config: RunConfig) -> None:
-    """Refuse a cache that was made of something else.
+    """Reject a cache that was made from other settings or lacks a hook point.
 
     Raises:
-        ValueError: a line a difference.
+        ValueError: lists the differences, one per line.
     """
     found = [
         f"{field}: the cache has {had!r}, the configuration says {said!r}"
@@ -144,20 +143,20 @@ def check_origin(manifest: dict[str, Any], config: RunConfig) -> None:
     ]
     missing = [point.name for point in config.points if point.name not in manifest["points"]]
     if missing:
-        found.append(f"hook points: the cache has {', '.join(manifest['points'])}; not {', '.join(missing)}")
+        found.append(f"hook points: the cache has {', '.join(manifest['points'])} but not {', '.join(missing)}")
     refuse_differences(config, found)
 
 
 def refuse_differences(config: RunConfig, found: list[str]) -> None:
-    """Refuse the configured cache if anything was found in which it differs.
+    """Reject the configured cache if there are any differences.
 
     Raises:
-        ValueError: a line a difference.
+        ValueError: lists the differences, one per line.
     """
     if found:
         raise ValueError(
-            f"cache.path: {config.cache.path if config.cache else None} was made of something else; "
-            "give another path, or delete that folder and run `c2r harvest`\n"
+            f"cache.path: {config.cache.path if config.cache else None} was made from other data, another "
+            "model or other settings; give another path, or delete that folder and run `c2r harvest`\n"
             + "\n".join(f"  {line}" for line in found)
         )
 
@@ -171,14 +170,14 @@ def _differences(had: Any, said: Any, field: str = "") -> Iterator[tuple[str, An
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest; None where there is none.
+    """The manifest; None if there is none.
 
     Raises:
-        ValueError: the folder holds something else, or the manifest is damaged or of another format.
+        ValueError: the folder holds something other than a cache, or the manifest is damaged or has another format.
     """
-    foreign = f"cache.path: {folder} holds something else than a cache; give a new or empty folder"
+    foreign = f"cache.path: {folder} holds something other than a cache; give a new or empty folder"
     if os.path.lexists(folder) and not folder.is_dir():
-        raise ValueError(f"cache.path: {folder} is not a folder")
+        raise ValueError(f"cache.path: {folder} is not a folder; give a new or empty folder")
     if not (folder / MANIFEST).is_file():
         if folder.is_dir() and strangers(folder, "cache"):
             raise ValueError(foreign)
@@ -188,12 +187,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         known = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        said = f"cache.path: {folder / MANIFEST} is damaged ({error}); delete {folder} and harvest again"
+        said = f"cache.path: {folder / MANIFEST} is damaged ({error}); delete {folder} and run `c2r harvest`"
         raise ValueError(said if ours else foreign) from error
     if known != FORMAT and (ours or "origin" in manifest):
         raise ValueError(
-            f"cache.path: {folder} has format {known}, which does not record what it was made of as this version of "
-            f"c2r does; it reads format {FORMAT}. Harvest into another folder, or delete this one"
+            f"cache.path: {folder} has format {known}, which does not record everything it was made from; this version "
+            f"of c2r reads format {FORMAT}. Give another path, or delete that folder, and run `c2r harvest`"
         )
     if not ours:
         raise ValueError(foreign)
@@ -201,35 +200,35 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def read_shards(folder: Path) -> list[dict[str, Any]]:
-    """What `shards.jsonl` says of each shard; a last line that was cut short does not count."""
+    """The entries of `shards.jsonl`, one per shard; an incomplete last line is ignored."""
     path = folder / SHARDS
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def load(folder: Path, shard: dict[str, Any], name: str) -> dict[str, Tensor]:
-    """The tensors of one file of a shard, mapped into memory, its checksum compared.
+    """The tensors of one file of a shard, memory-mapped, after verifying its checksum.
 
     Raises:
-        ValueError: the file is missing or damaged, or cannot be mapped; says what to do.
+        ValueError: the file is missing or damaged, or cannot be mapped; the message says what to do.
     """
     path = folder / file_name(shard["number"], name)
     fault = size_fault(folder, shard, name)
     if fault is None:
-        try:  # not shared: nobody who writes to a tensor changes the file
+        try:  # not shared: writing to a tensor does not change the file
             mapped = torch.from_file(str(path), False, shard["files"][name]["bytes"], dtype=torch.uint8)
         except RuntimeError as error:
             raise ValueError(f"cache.path: cannot map {path} into memory: {error}") from error
         if _digest(mapped) == shard["files"][name]["xxh3_128"]:
             return _tensors(mapped)
-        fault = "its checksum is not the one that it was written with"
+        fault = "its checksum does not match"
     raise ValueError(
-        f"cache.path: {path} is damaged: {fault}; delete it and run `c2r harvest` again, which makes just that one anew"
+        f"cache.path: {path} is damaged: {fault}; delete it and run `c2r harvest` again, which recreates this shard"
     )
 
 
 def _digest(data: Tensor) -> str:
-    """Checksum of a file's bytes, by chunks, so that a Ctrl-C is not kept waiting for a disk."""
+    """Checksum of a file's bytes, computed in chunks so that Ctrl-C is handled between them."""
     digest = xxhash.xxh3_128()
     for chunk in data.split(_CHUNK):
         numbers: Any = chunk.numpy()
@@ -238,16 +237,16 @@ def _digest(data: Tensor) -> str:
 
 
 def size_fault(folder: Path, shard: dict[str, Any], name: str) -> str | None:
-    """What is wrong with a file as far as its size tells; None if nothing."""
+    """What is wrong with a file, judged by its size alone; None if nothing."""
     path, expected = folder / file_name(shard["number"], name), shard["files"][name]["bytes"]
     if not path.is_file():
-        return "it is not there"
+        return "it does not exist"
     found = path.stat().st_size
     return None if found == expected else f"it has {found:,} bytes of {expected:,}"
 
 
 def _tensors(data: Tensor) -> dict[str, Tensor]:
-    """Views into the bytes of a safetensors file: eight bytes of length, a JSON header, the tensors."""
+    """Views into the bytes of a safetensors file: the header's length (8 bytes), a JSON header, the tensors."""
     begin = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
     header = json.loads(data[8:begin].numpy().tobytes())
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32}
@@ -261,15 +260,15 @@ def _tensors(data: Tensor) -> dict[str, Tensor]:
 
 
 def file_name(number: int, name: str) -> str:
-    """Of a shard's file."""
+    """Name of a shard's file."""
     return f"{number:06d}.{name}.safetensors"
 
 
 def write_shard(folder: Path, number: int, parts: Sequence[Part], end: Any) -> dict[str, Any]:
-    """Write a shard's files, each whole or not at all, and return its line; `end` is where the next one begins.
+    """Write a shard's files, each atomically, and return its entry; `end` is the position where the next shard begins.
 
     Raises:
-        ValueError: the disk does not take it; says how much it was.
+        ValueError: a file cannot be written; the message gives its size.
     """
     contents = {TOKENS: {key: torch.cat([getattr(part, key) for part in parts]) for key in ("ids", "where")}}
     for point in parts[0].x:

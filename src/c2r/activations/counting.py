@@ -1,12 +1,13 @@
-"""Which tokens count: the one rule that training and every evaluation share.
+"""Which tokens count: a single rule, shared by training and all evaluations.
 
-A token counts if the text says so (`Rows.real`: no padding, no special token, none of `data.drop_tokens`) and if its
-activation is not an outlier: its norm is at most `max_norm`. A few tokens, attention sinks among them, can have 10 to
-1,000 times the usual norm; an SAE that never saw them in training is not measured on them either, or both figures are
-given.
+A token counts if it is real (`Rows.real`: not padding, not a special token, not in `data.drop_tokens`) and its
+activation is not an outlier, that is, its norm is at most `max_norm`. A few tokens, such as attention sinks, can have
+10 to 1,000 times the usual norm. An SAE that never saw them in training is not evaluated on them, or both results are
+reported.
 
-Training drops a token at all hook points of a run where it is an outlier at one of them, so that all SAEs see the same
-tokens. An evaluation asks each SAE's own file alone, so that a figure does not depend on which SAEs stand beside it.
+Training drops a token at all hook points of a run if it is an outlier at any of them, so that all SAEs see the same
+tokens. An evaluation uses only the limit in each SAE's own file, so that an SAE's results do not depend on which other
+SAEs are evaluated with it.
 
 n tokens · D width of the activations.
 """
@@ -26,14 +27,14 @@ class Counting(NamedTuple):
     """The rule for activations at one hook point."""
 
     max_norm: float | None = None
-    """Largest norm that counts, in the units of the model's activations; None: every token counts."""
+    """Largest norm that counts, in units of the model's activations; None: every token counts."""
     median_norm: float | None = None
-    """What `max_norm` is a multiple of, for messages; None: not known."""
+    """The median norm, of which `max_norm` is a multiple; only for messages. None: unknown."""
 
     def counts(self, norms_n: Tensor) -> Tensor:
-        """Bool `[n]`: which tokens count, by the norms `[n]` of their activations.
+        """Bool `[n]`: which tokens count, given the norms `[n]` of their activations.
 
-        NaN and infinity count, so that they are found: as outliers they would be left out in silence.
+        NaN and infinity count, so that they are detected later; as outliers they would be dropped silently.
         """
         if self.max_norm is None:
             return torch.ones_like(norms_n, dtype=torch.bool)
@@ -45,18 +46,18 @@ class Counting(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """How many tokens (or words) of an evaluation do not count."""
+    """Number of tokens (or words) that an evaluation leaves out."""
 
     rule: Counting
     tokens: int
-    """Of the text, those that do not count included."""
+    """All tokens of the text, including outliers."""
     outliers: int
-    """Those that do not count."""
+    """Tokens left out."""
     unit: str = "tokens"
 
     @property
     def figures(self) -> dict[str, float | int | None]:
-        """What a result file says."""
+        """The entries of a result file."""
         return {
             f"{self.unit}_counted": self.tokens - self.outliers,
             f"outlier_{self.unit}_left_out": self.outliers,
@@ -67,7 +68,7 @@ class LeftOut(NamedTuple):
     def __str__(self) -> str:
         limit, median = self.rule.max_norm, self.rule.median_norm
         if limit is None:
-            than = "any"
+            than = "too large a norm (no limit was recorded)"
         else:
             than = f"a norm above {limit:.4g}" if not median else f"more than {limit / median:.3g} × the median norm"
         return (
@@ -77,20 +78,20 @@ class LeftOut(NamedTuple):
 
 
 def counting_rules(median: Mapping[Point, float], multiple: float | None) -> dict[Point, Counting]:
-    """The rule at each hook point of a run: at most `multiple` times its median norm; None leaves out nothing."""
+    """The rule at each hook point of a run: norms of at most `multiple` times the median; None: every token counts."""
     return {point: Counting(None if multiple is None else norm * multiple, norm) for point, norm in median.items()}
 
 
 def counts_at_all(rules: Mapping[Point, Counting], norms: Mapping[Point, Tensor]) -> Tensor:
-    """Bool `[n]`: tokens that count at every hook point, by their norms `[n]` at each."""
+    """Bool `[n]`: tokens that count at every hook point, given their norms `[n]` at each."""
     kept = [rules[point].counts(norms_n) for point, norms_n in norms.items()]
     return torch.stack(kept).all(0)
 
 
 def counting_of(config: dict[str, Any]) -> Counting:
-    """The rule under which the SAE of a `cfg.json` was trained; every token counts where the file does not say.
+    """The rule used to train the SAE of a `cfg.json`; every token counts if the file records none.
 
-    c2r records `c2r.state.max_norm`, the largest norm that training kept.
+    c2r records it as `c2r.state.max_norm`, the largest norm kept in training.
     """
     state = (config.get("c2r") or {}).get("state") or {}
     return Counting(state.get("max_norm"), state.get("median_norm"))

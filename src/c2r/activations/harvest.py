@@ -1,4 +1,4 @@
-"""`c2r harvest`: fills a cache of activations, goes on where it stopped, and makes anew what is missing."""
+"""`c2r harvest`: fill a cache of activations, resume an interrupted harvest, and recreate missing files."""
 
 from __future__ import annotations
 
@@ -50,24 +50,24 @@ _QUIET_SECONDS = 20.0
 
 
 def fill_cache(config: RunConfig, *, verify: bool = False, console: Console | None = None) -> Path:
-    """Harvest what `train.tokens` (or `cache.tokens`) asks for, beyond what is dropped, and return the cache's folder.
+    """Harvest `cache.tokens` (default: `train.tokens`) tokens, not counting outliers, and return the cache's folder.
 
-    Shards and their lines are written one after another, each whole or not at all, so that whatever ends this early
-    loses at most the shard under way. Files that are missing or of another size are made anew. While it is filled, no
-    other process may write to the cache or read it.
+    Shards and their entries are written one after another, each atomically, so that an interruption loses at most the
+    current shard. Files that are missing or have the wrong size are recreated. Meanwhile no other process may read or
+    write the cache.
 
     Arguments:
-        verify: compare the checksums of all files that are there too.
+        verify: also verify the checksums of all existing files.
 
     Raises:
-        ValueError: no cache configured, a folder with something else or made of something else, one that cannot be
-            written or that another process uses, a disk that is too small, or what the model and the text raise.
+        ValueError: no cache is configured; its folder holds something else, cannot be written, is in use by another
+            process, or was made from something else; the disk is too small; or an error of the model or the text.
     """
     console = console or Console(stderr=True)
     if config.cache is None or not isinstance(config.data, DataConfig):
-        raise ValueError("cache: no such section; `cache: {path: runs/activations}` says where activations shall go")
+        raise ValueError("cache: no such section; add `cache: {path: runs/activations}`, the folder to write to")
     folder = config.cache.path
-    manifest = read_manifest(folder)  # before the folder is made or marked
+    manifest = read_manifest(folder)  # before creating or marking the folder
     if manifest is not None:
         check_origin(manifest, config)
     check_source(config.data)
@@ -79,14 +79,14 @@ def fill_cache(config: RunConfig, *, verify: bool = False, console: Console | No
     except Busy as busy:
         if not busy.readers or verify:
             raise
-        with read_held(folder, "cache.path"):  # runs train on it, which need not keep a second harvest from its end
+        with read_held(folder, "cache.path"):  # runs are reading it: a harvest that has nothing to do succeeds anyway
             if not _said_complete(config, console):
                 raise busy from None
     return folder
 
 
 def _fill(config: RunConfig, manifest: dict[str, Any] | None, verify: bool, console: Console) -> None:
-    """Fill a cache whose folder is held; `manifest` is what it has."""
+    """Fill a cache whose folder this process has locked; `manifest` is its current manifest, if any."""
     assert config.cache is not None and isinstance(config.data, DataConfig)  # noqa: PT018
     folder = config.cache.path
     lm = load_language_model(config.model, pick_device(config.train.device))
@@ -106,7 +106,7 @@ def _fill(config: RunConfig, manifest: dict[str, Any] | None, verify: bool, cons
 
 
 def _said_complete(config: RunConfig, console: Console) -> bool:
-    """Whether a cache that runs are reading has all that is asked for; if so, say it."""
+    """Whether a cache that is being read already has all requested tokens; if so, report it."""
     assert config.cache is not None
     manifest, target = open_cache(config), config.cache.tokens or config.train.tokens
     shards = read_shards(config.cache.path)
@@ -119,7 +119,7 @@ def _said_complete(config: RunConfig, console: Console) -> bool:
 
 
 def _say_nothing_to_do(folder: Path, kept: int, target: int, console: Console) -> None:
-    console.print(f"{folder} has {kept:,} tokens, {target:,} are asked for: nothing to do", soft_wrap=True)
+    console.print(f"{folder} has {kept:,} tokens of {target:,} requested: nothing to do", soft_wrap=True)
 
 
 def _new_manifest(config: RunConfig, lm: LanguageModel, identity: Identity) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _new_manifest(config: RunConfig, lm: LanguageModel, identity: Identity) -> d
 
 
 def _mend(folder: Path, reader: LiveReader, verify: bool, console: Console) -> list[dict[str, Any]]:
-    """The shards that are there; those with a file that is missing or damaged are made anew first."""
+    """The existing shards, after recreating those with a missing or damaged file."""
     shards = read_shards(folder)
     for place, shard in enumerate(shards):
         faults = [fault for name in shard["files"] if (fault := size_fault(folder, shard, name))]
@@ -148,7 +148,7 @@ def _mend(folder: Path, reader: LiveReader, verify: bool, console: Console) -> l
                 faults = [str(error)]
         if faults:
             console.print(
-                f"[yellow]shard {shard['number']:06d}: {faults[0].split(';')[0]}; made anew[/]", soft_wrap=True
+                f"[yellow]shard {shard['number']:06d}: {faults[0].split(';')[0]}; recreating it[/]", soft_wrap=True
             )
             parts = list(itertools.islice(reader.read(shard["start"]), shard["parts"]))
             shards[place] = write_shard(folder, shard["number"], parts, shard["end"])
@@ -159,7 +159,7 @@ def _mend(folder: Path, reader: LiveReader, verify: bool, console: Console) -> l
 def _extend(
     config: RunConfig, manifest: dict[str, Any], reader: LiveReader, shards: list[dict[str, Any]], console: Console
 ) -> None:
-    """Add shards until there are as many tokens as are asked for."""
+    """Add shards until the cache has the requested number of tokens."""
     assert config.cache is not None
     dtype: torch.dtype = getattr(torch, manifest["origin"]["cache"]["dtype"])
     folder, target, size = config.cache.path, config.cache.tokens or config.train.tokens, config.cache.shard_tokens
@@ -168,11 +168,11 @@ def _extend(
         _record(config, manifest, shards, kept, complete=True)
         _say_nothing_to_do(folder, kept, target, console)
         return
-    if shards and shards[-1]["end"] is None:  # cut short where an earlier harvest ended; now it is to be longer
+    if shards and shards[-1]["end"] is None:  # the last shard of a shorter harvest: rewrite it in full
         shards.pop()
         kept -= counts.pop()
     _check_room(folder, (target - kept) * manifest["d_in"] * dtype.itemsize * len(reader.points))
-    # A line that was cut short goes too.
+    # This also removes an incomplete last line.
     write_text(folder / SHARDS, "".join(map(_line, shards)), "cache.path")
     _record(config, manifest, shards, kept, complete=False)
     ahead = Ahead(partial(reader.read, shards[-1]["end"] if shards else None), size)
@@ -210,7 +210,7 @@ def _extend(
 def _measured(
     config: RunConfig, manifest: dict[str, Any], reader: LiveReader, parts: Iterator[Part], target: int
 ) -> list[Part]:
-    """Enter into the manifest what a stream measures on its first tokens; returns the parts that were read for it."""
+    """Add to the manifest what a stream measures on its first tokens; return the parts read for it."""
     wanted, first = min(CALIBRATION_TOKENS, config.stream.window_tokens, target), []
     while sum(map(len, first)) < wanted and (part := next(parts, None)) is not None:
         first.append(part)
@@ -220,7 +220,7 @@ def _measured(
 
 
 def _kept(norms: dict[HookPoint, Tensor], manifest: dict[str, Any], config: RunConfig) -> int:
-    """How many tokens a stream over all hook points would keep."""
+    """Number of tokens that a stream over all hook points would keep."""
     median = {point: manifest["median_norm"][point.name] for point in norms}
     return int(usual(norms, median, config.stream).sum())
 
@@ -238,7 +238,7 @@ def _kept_of_shard(folder: Path, shard: dict[str, Any], manifest: dict[str, Any]
 
 
 def _add(folder: Path, shards: list[dict[str, Any]], parts: list[Part], end: Any) -> None:
-    """Write a shard, then its line: what is listed is whole."""
+    """Write a shard, then its entry, so that every listed shard is complete."""
     shards.append(write_shard(folder, len(shards), parts, end))
     line = _line(shards[-1])
     try:
@@ -271,13 +271,13 @@ def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"cache.path: {folder} needs about {needed / 1e9:.1f} GB more, the disk has {free / 1e9:.1f} GB free; "
-            "give another path, fewer cache.tokens or cache.dtype: bfloat16"
+            f"cache.path: {folder} needs about {needed / 1e9:.1f} GB more, but the disk has {free / 1e9:.1f} GB free; "
+            "use another path, fewer cache.tokens, or cache.dtype: bfloat16"
         )
 
 
 def _progress(kept: int, target: int, console: Console) -> Callable[[int], None]:
-    """Says now and then how far it is."""
+    """A function that prints progress from time to time."""
     began = said = time.monotonic()
 
     def say(now_kept: int) -> None:

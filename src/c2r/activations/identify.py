@@ -1,4 +1,4 @@
-"""What activations are made of: the identities of a text, a tokenizer and a model, and of what lies on this machine."""
+"""Identities of the text, tokenizer and model behind activations, and their comparison with what is on this machine."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from c2r.text.sources import open_reader
 from c2r.text.tokenizer import NoTokenizer
 
 Identity = dict[str, Any]
-"""`text` by section of the configuration, `tokenizer`, `model` (configuration and weights), and `activations`, the
-revision of the code that makes them. A cache's also has `files`, the model's files as they were. `code`, the versions
-of libraries, is recorded and not compared."""
+"""Keys: `text` (by section of the configuration), `tokenizer`, `model` (configuration and weights), `activations`
+(version of the code that computes them) and, only in caches, `files` (digests of the model's files). `code`, the
+versions of libraries, is recorded but not compared."""
 
 
 def identity_of(data: DataConfig, lm: LanguageModel, *, held_out: bool = False) -> Identity:
-    """The identity of activations that a loaded model makes of a text.
+    """The identity of the activations of a loaded model on a text.
 
     Raises:
-        ValueError: text that cannot be opened or read.
+        ValueError: the text cannot be opened or read.
     """
     return {
         "text": {section: open_reader(section, part, held_out).identity for section, part in data.sections.items()},
@@ -33,7 +33,7 @@ def identity_of(data: DataConfig, lm: LanguageModel, *, held_out: bool = False) 
 
 
 def files_of(model: ModelConfig) -> dict[str, str]:
-    """Digests of the model's files on this machine, by name; none where it lies elsewhere.
+    """Digests of the model's files by name; empty if they are not on this machine.
 
     Raises:
         ValueError: a file cannot be read.
@@ -46,14 +46,13 @@ def files_of(model: ModelConfig) -> dict[str, str]:
 
 
 def local_differences(recorded: Identity, config: RunConfig) -> list[str]:
-    """In what an identity differs from what a configuration names, as far as that lies on this machine.
+    """Differences between a recorded identity and the text and model of a configuration, if these are on this machine.
 
-    Text and model need not be there. Files are compared by their contents, and of the Hub only what its cache holds;
-    where the model's files are others, the model itself is loaded and compared, so that a folder that was written
-    again with the same weights stays the same.
+    Files are compared by their contents; of data on the Hub, only the local cache. If the model's files differ, the
+    model is loaded and compared, so that saving the same weights again makes no difference.
 
     Raises:
-        ValueError: a model whose files have changed and that cannot be loaded.
+        ValueError: the model's files have changed, and it cannot be loaded.
     """
     assert isinstance(config.data, DataConfig)
     text = {}
@@ -61,7 +60,7 @@ def local_differences(recorded: Identity, config: RunConfig) -> list[str]:
         if source.source != "hf" or Path(source.path or "").exists():
             try:
                 text[section] = open_reader(section, source).identity
-            except ValueError:  # it is not needed
+            except ValueError:  # the text may be absent
                 continue
     known = {section: said for section, said in recorded["text"].items() if section in text}
     found: Identity = {"text": text, "activations": ACTIVATIONS}
@@ -77,13 +76,13 @@ def _of_model(lm: LanguageModel) -> Identity:
 
 
 def _model_changed(recorded: dict[str, str], found: dict[str, str], model: ModelConfig) -> bool:
-    """Whether a file of the model is another than it was; in a folder of its own, also whether there is a new one."""
-    whole = Path(model_path(model.name)).is_dir()  # the Hub's cache holds what happened to be asked for
+    """Whether a file of the model has changed or, for a local folder, was added."""
+    whole = Path(model_path(model.name)).is_dir()  # the Hub's cache has only the files requested so far
     return any(recorded.get(name) != digest for name, digest in found.items() if whole or name in recorded)
 
 
 def _folder_of(model: ModelConfig) -> Path | None:
-    """Where the model's files lie on this machine; None where they do not."""
+    """Folder of the model's files on this machine; None if they are not here."""
     folder = Path(model_path(model.name))
     if folder.is_dir():
         return folder

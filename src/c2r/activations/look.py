@@ -1,10 +1,10 @@
-"""What activations look like before anything is trained on them: norms, large tokens that stay, where variance lies.
+"""Describe activations before training on them: their norms, kept tokens with large norms, and where the variance is.
 
-In many language models a few tokens, attention sinks, have norms far above the rest. A filter at 10 median norms keeps
-most of them; a handful then holds much of the squared norm and of the variance, and an SAE spends its first steps, and
-some of its latents, on them. The numbers here say so before training begins, and what to set.
+In many language models a few tokens, attention sinks, have far larger norms than the rest. A filter at 10 median norms
+keeps most of them. A handful of tokens then holds much of the squared norm and variance, and an SAE spends its first
+steps, and some of its latents, on them. The numbers here show this before training begins, with advice on what to set.
 
-n tokens · k tokens that are kept · D width of the activations.
+n tokens · k kept tokens · m sampled tokens · D width of the activations · b vectors in a basis.
 """
 
 from __future__ import annotations
@@ -18,47 +18,47 @@ from rich.markup import escape
 from torch import Tensor
 
 LARGE = 3.0
-"""Median norms above which a kept token is called large."""
+"""A kept token is called large if its norm exceeds this multiple of the median norm."""
 MUCH, FEW = 0.1, 0.02
-"""Large tokens matter if they hold this share of the squared norm, and can be left out if they are at most this share
-of the tokens."""
+"""Advice to drop large tokens is given if they hold at least the first share of the squared norm and are at most the
+second share of the tokens."""
 MULTIPLES = (2, 5, 10)
 SAMPLE = 8192
-"""Most tokens from which variances are taken."""
+"""Maximum number of tokens from which variances are estimated."""
 _NAMED, _BLOCK, _ROUNDS = 5, 8, 5
 _DIGITS = 4
-"""Of shares of variance that are recorded; further ones depend on the number of threads."""
+"""Decimal places of recorded shares of variance; further digits depend on the number of threads."""
 Decode = Callable[[int], str | None]
-"""The text of a token, or None where it is not known."""
+"""Maps a token id to its text; None if it is unknown."""
 
 
 def none_known(_: int) -> None:
-    """Where no tokenizer is at hand."""
+    """A `Decode` for when there is no tokenizer."""
 
 
 class Look(NamedTuple):
-    """Activations at one hook point. Shares of variance are about the mean of the tokens that they are taken over."""
+    """Statistics of activations at one hook point. Variances are about the mean of the tokens in question."""
 
     tokens: int
     median_norm: float
     largest: float
     """Largest norm, in median norms."""
     share_over: dict[str, float]
-    """Share of all tokens with more than so many median norms."""
+    """Share of all tokens whose norm exceeds each of `MULTIPLES` times the median norm."""
     share_dropped: float
-    """Share of all tokens that the filter leaves out, at this hook point or another of the run."""
+    """Share of all tokens dropped by the filter, at this or another hook point of the run."""
     large_share: float
-    """Share of the kept tokens that are large: more than `LARGE` median norms."""
+    """Share of the kept tokens that are large: above `LARGE` median norms."""
     large_square: float
-    """Share of the kept tokens' squared norm that the large ones hold."""
+    """Share of the kept tokens' squared norm held by the large ones."""
     first_direction: float
-    """Share of the kept tokens' variance in their first principal direction."""
+    """Share of the kept tokens' variance along their first principal direction."""
     first_direction_without: float
     """The same without the large tokens."""
     top_coordinate: float
-    """Share of the kept tokens' variance in the one coordinate that has most of it."""
+    """Share of the kept tokens' variance in the coordinate with the largest variance."""
     sinks: list[dict[str, Any]]
-    """The most frequent large tokens, most frequent first: `id`, `count`, and `text` (None where it is not known)."""
+    """The most frequent large tokens, most frequent first: `id`, `count`, and `text` (None if unknown)."""
 
 
 def look_at(
@@ -67,10 +67,11 @@ def look_at(
     """Describe the activations at one hook point.
 
     Arguments:
-        norms_n: fp32 `[n]`, in the model's units.
-        keep_n: bool, tokens that training keeps; one at least.
+        norms_n: norms of the activations, fp32 `[n]`, in the model's units.
+        keep_n: bool, tokens that training keeps; at least one.
         ids_n: token ids.
-        rows_of: activations `[m, D]` of the tokens at these places `[m]`.
+        rows_of: returns the activations `[m, D]` of the tokens at the given indices `[m]`.
+        decode: maps a token id to its text.
     """
     median = max(norms_n.median().item(), torch.finfo(torch.float32).tiny)
     kept_k = keep_n.nonzero().squeeze(1)
@@ -97,11 +98,11 @@ def look_at(
 
 
 def shares_of_variance(x_mD: Tensor) -> tuple[float, float]:
-    """Shares of the variance of rows about their mean: in their first principal direction, and in the coordinate that
-    has most of it. 0 without variance.
+    """Shares of the variance of the rows: along their first principal direction, and in the coordinate with the largest
+    variance. Both are 0 if there is no variance.
 
-    The direction by a randomised subspace iteration (Halko et al. 2011, arXiv 0909.4061) with a generator of its own:
-    exact where the first direction stands out, and otherwise a little low.
+    The direction is found by randomised subspace iteration (Halko et al. 2011, arXiv 0909.4061) with a fixed seed:
+    exact if the first direction dominates, otherwise slightly too low.
     """
     centred_mD = x_mD - x_mD.mean(0)
     squares_D = torch.linalg.vector_norm(centred_mD, dim=0).double().square()
@@ -115,7 +116,7 @@ def shares_of_variance(x_mD: Tensor) -> tuple[float, float]:
 
 
 def in_words(point: str, look: Mapping[str, Any], multiple: float | None) -> tuple[list[str], str | None]:
-    """Lines for the console, and what to set where it matters (None where nothing needs to be).
+    """Lines for the console, and advice on what to set (None if nothing needs to change).
 
     Arguments:
         point: name of the hook point.
@@ -124,28 +125,28 @@ def in_words(point: str, look: Mapping[str, Any], multiple: float | None) -> tup
     """
     shares = ", ".join(f"{share:.2%} above {times} ×" for times, share in look["share_over"].items())
     lines = [
-        f"activations at {point}, first {look['tokens']:,} tokens: median norm {look['median_norm']:.4g}; of all "
-        f"tokens {shares} that, the largest {look['largest']:,.1f} ×; {look['share_dropped']:.2%} are left out",
-        f"  the first principal direction has {look['first_direction']:.0%} of the variance, one coordinate "
-        f"{look['top_coordinate']:.0%}",
+        f"activations at {point}, first {look['tokens']:,} tokens: median norm {look['median_norm']:.4g}; {shares} the "
+        f"median; largest {look['largest']:,.1f} ×; {look['share_dropped']:.2%} dropped as outliers",
+        f"  variance: {look['first_direction']:.0%} along the first principal direction, {look['top_coordinate']:.0%} "
+        "in the largest coordinate",
     ]
     if not look["large_share"]:
         return lines, None
-    lines[1] += f"; without the tokens above {LARGE:g} × the first direction has {look['first_direction_without']:.0%}"
+    lines[1] += f"; without tokens above {LARGE:g} ×, {look['first_direction_without']:.0%} along the first direction"
     named = ", ".join(f"token {sink['id']}" if sink["text"] is None else repr(sink["text"]) for sink in look["sinks"])
     held = (
-        f"{look['large_share']:.2%} of the tokens that are kept have more than {LARGE:g} × the median norm and hold "
-        f"{look['large_square']:.0%} of the squared norm (most often {named})"
+        f"{look['large_share']:.2%} of the tokens kept have norms above {LARGE:g} × the median and hold "
+        f"{look['large_square']:.0%} of the squared norm (most frequent: {named})"
     )
     matters = look["large_square"] >= MUCH and look["large_share"] <= FEW
     if not matters or (multiple is not None and multiple <= LARGE):
         return [*lines, f"  {held}"], None
     limit = "null" if multiple is None else f"{multiple:g}"
-    return lines, f"{held}: stream.max_norm_multiple is {limit}; set it to {LARGE:g} to leave them out"
+    return lines, f"{held}: stream.max_norm_multiple is {limit}; set it to {LARGE:g} to drop them"
 
 
 def say_looks(looks: Mapping[str, Mapping[str, Any]], multiple: float | None, console: Console) -> None:
-    """Print what activations look like, by name of the hook point."""
+    """Print the statistics of activations, one `Look` per name of a hook point."""
     for point, look in looks.items():
         lines, advice = in_words(point, look, multiple)
         for line in lines:

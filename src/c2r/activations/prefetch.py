@@ -1,4 +1,4 @@
-"""A thread that reads ahead of whoever consumes, with a bound."""
+"""A thread that reads ahead of its consumer, up to a limit."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item", bound=Sized)
 
 _POLL = 0.2
-"""Seconds between looks at whether the other side still lives; a Ctrl-C waits no longer."""
+"""Seconds between checks whether the other side is still alive; Ctrl-C is handled at least that often."""
 
 
 class Ahead(Generic[Item]):
-    """Parts of an iterator that runs in a thread of its own.
+    """Runs an iterator in a background thread and serves its parts.
 
-    At most `tokens` tokens wait (one part where a part has more), beside the part that the thread is making.
+    At most `tokens` tokens are queued (or a single part, if it has more), besides the part being produced.
 
     Arguments:
-        parts: makes the iterator; called in the thread.
-        tokens: the bound.
-        name: of the thread.
-        start: whether the thread begins at once. An owner that must be able to stop it whatever happens first keeps the
-            object and then calls `start`: a signal may come between the two.
+        parts: creates the iterator; called in the thread.
+        tokens: the limit.
+        name: name of the thread.
+        start: start the thread immediately. An owner that must always be able to stop it stores the object first and
+            then calls `start`, because a signal may arrive in between.
     """
 
     def __init__(
@@ -34,22 +34,22 @@ class Ahead(Generic[Item]):
         self._changed = threading.Condition()
         self._held, self._finished, self._stopped = 0, False, False
         self._error: BaseException | None = None
-        # A daemon, so that a model that hangs cannot keep the process alive; `close` is what ends it in order.
+        # A daemon, so that a hanging model cannot keep the process alive; `close` ends the thread in an orderly way.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         if start:
             self.start()
 
     def start(self) -> None:
-        """Begin, unless it was stopped before."""
+        """Start the thread, unless `stop` was called before."""
         with self._changed:
             if not self._stopped:
                 self._thread.start()
 
     def take(self) -> Item | None:
-        """The next part; None when there is no more.
+        """The next part; None if there are no more.
 
         Raises:
-            whatever the iterator raised, once all parts before it are taken.
+            any error of the iterator, after all earlier parts have been taken.
         """
         with self._changed:
             while not (self._waiting or self._finished or self._stopped):
@@ -64,13 +64,13 @@ class Ahead(Generic[Item]):
             return part
 
     def close(self) -> None:
-        """Drop what waits and end the thread; it lasts as long as the part that it is making, here at most 10 s."""
+        """Discard queued parts and end the thread, waiting at most 10 s for the part being produced."""
         self.stop()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
 
     def stop(self) -> None:
-        """As `close`, without waiting for the thread's end."""
+        """Like `close`, but without waiting for the thread to end."""
         with self._changed:
             self._stopped = True
             self._waiting.clear()

@@ -1,6 +1,6 @@
-"""Activations in the order of the text: a language model over packed rows, and what a part of it is.
+"""Read activations in the order of the text, by running a language model on packed rows, and measure the first ones.
 
-n tokens of a part · D width of the activations.
+R rows · T positions in a row · n tokens of a part · m selected tokens · D width of the activations.
 """
 
 from __future__ import annotations
@@ -28,38 +28,39 @@ CALIBRATION_TOKENS = 65_536
 
 @dataclass(frozen=True)
 class Part:
-    """Activations of some rows' real tokens, in the order of the text, on the CPU."""
+    """Activations of the real tokens of some rows, in the order of the text, on the CPU."""
 
     x: dict[HookPoint, Tensor]
-    """`[n, D]` each, of the same tokens, in the precision they come in; rows are contiguous."""
+    """Activations `[n, D]` of the same tokens at each hook point, in the model's or the cache's precision; contiguous
+    rows."""
     norms: dict[HookPoint, Tensor]
     """Their norms, fp32 `[n]`."""
     ids: Tensor
     """Token ids, int32 `[n]`."""
     where: Tensor
-    """Int32 `[n, 2]`: number of the row, counted from the first that was read, and position in it."""
+    """Int32 `[n, 2]`: index of the row, counted from the first row read, and position in it."""
     position: Any
-    """Where the reader stood before this part, as JSON holds it; None is the beginning."""
+    """The reader's position before this part, JSON-serializable; None: the beginning."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def only(self, keep_n: Tensor) -> Part:
-        """The tokens that a mask keeps, at the same position."""
+        """The tokens selected by a mask, as a part at the same position."""
         x, norms = ({point: y[keep_n] for point, y in tensors.items()} for tensors in (self.x, self.norms))
         return Part(x, norms, self.ids[keep_n], self.where[keep_n], self.position)
 
 
 class Reader(Protocol):
-    """Where parts come from: `LiveReader`, or `CacheReader` over what one wrote."""
+    """Source of parts: `LiveReader` runs the model, `CacheReader` reads a cache written by it."""
 
     def read(self, start: Any = None) -> Iterator[Part]:
-        """Parts from the beginning, or, given an earlier part's `position`, from that part on, the same bit for bit."""
+        """Parts from the beginning or, given an earlier part's `position`, from that part on, bit-identical."""
         ...
 
 
 class BrokenActivations(ValueError):
-    """The model emitted NaN or infinity. `tensors` has the part: activations by hook point's name, `ids`, `where`."""
+    """The model emitted NaN or infinity. `tensors` holds the part: `ids`, `where`, activations by hook point's name."""
 
     def __init__(self, message: str, tensors: dict[str, Tensor]) -> None:
         super().__init__(message)
@@ -70,11 +71,11 @@ class LiveReader:
     """A language model's activations at some hook points over packed rows.
 
     Arguments:
-        lm: the model.
-        points: read in one forward pass.
-        rows: rows from a position on, or from the beginning (None), as `shuffled_rows` gives them.
-        dtype: what activations are rounded to; None leaves them as the model makes them.
-        skipped: counts records of the text that are skipped.
+        lm: the language model.
+        points: hook points, all read in one forward pass.
+        rows: returns rows from a position, or from the beginning (None), like `shuffled_rows`.
+        dtype: precision to which activations are rounded; None: that of the model.
+        skipped: counts the records of the text that are skipped.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class LiveReader:
 
         Raises:
             BrokenActivations: the model emits NaN or infinity.
-            ValueError: what the text's source raises.
+            ValueError: an error of the text's source.
         """
         number = 0 if start is None else start["row"]
         for rows in self.rows(None if start is None else start["text"]):
@@ -123,10 +124,10 @@ class LiveReader:
 
 
 def live_reader(config: RunConfig, lm: LanguageModel, dtype: torch.dtype | None = None) -> LiveReader:
-    """The reader of a configuration; text is read as often as is asked for, each pass in another order, rows shuffled.
+    """The reader for a configuration: endless passes over the text, each in a different order, with rows shuffled.
 
     Raises:
-        ValueError: a hook point that the model does not have, or rows longer than it can read; names the field.
+        ValueError: a hook point does not exist, or rows are too long for the model; the message names the field.
     """
     data = config.data
     assert isinstance(data, DataConfig)
@@ -148,7 +149,7 @@ def live_reader(config: RunConfig, lm: LanguageModel, dtype: torch.dtype | None 
 
 
 def _check_finite(part: Part) -> None:
-    """Refuse a part that training could not use; norms tell, being sums over all of an activation."""
+    """Reject NaN or infinite activations. Checking the norms suffices: they sum over every coordinate."""
     for point, norms_n in part.norms.items():
         bad_n = ~norms_n.isfinite()
         if bad_n.any():
@@ -163,30 +164,32 @@ def _check_finite(part: Part) -> None:
 
 
 class Measured(NamedTuple):
-    """What is measured on the first tokens, by hook point."""
+    """Statistics of the first tokens, by hook point."""
 
     median_norm: dict[HookPoint, float]
     scale: dict[HookPoint, float]
-    """√(mean ‖x‖²) over the tokens that stay."""
+    """√(mean ‖x‖²) over the tokens kept."""
     look: Mapping[HookPoint, dict[str, Any]] = MappingProxyType({})
-    """What the activations look like (`c2r.activations.look.Look`), as JSON holds it."""
+    """A `c2r.activations.look.Look` per hook point, JSON-serializable."""
 
 
 def measure(parts: Sequence[Part], tokens: int, config: StreamConfig, decode: Decode = none_known) -> Measured:
-    """Median norm, scale and look at each hook point over the first `tokens` tokens of `parts`.
+    """Measure median norm, scale and `Look` at each hook point over the first `tokens` tokens of `parts`.
 
     Raises:
-        ValueError: no token, or activations that are all zero.
+        ValueError: there is no token, or all activations are zero.
     """
     if not parts:
-        raise ValueError("data: the text holds no token besides BOS, EOS and padding")
+        raise ValueError("data: the text holds no tokens other than BOS, EOS and padding")
     norms = {point: torch.cat([part.norms[point] for part in parts])[:tokens] for point in parts[0].x}
     median = {point: norms_n.median().item() for point, norms_n in norms.items()}
     keep_n = usual(norms, median, config)
     scale = {point: norms_n[keep_n].square().mean().sqrt().item() for point, norms_n in norms.items()}
     for point, value in scale.items():
         if not 0 < value < float("inf"):
-            raise ValueError(f"model: activations at {point.name} have mean square norm {value}; nothing to scale")
+            raise ValueError(
+                f"model: activations at {point.name} have root mean square norm {value}, so they cannot be scaled"
+            )
     ids_n = torch.cat([part.ids for part in parts])[:tokens]
     look = {
         point: look_at(norms_n, keep_n, ids_n, partial(_rows_of, parts, point), decode)._asdict()
@@ -196,7 +199,7 @@ def measure(parts: Sequence[Part], tokens: int, config: StreamConfig, decode: De
 
 
 def _rows_of(parts: Sequence[Part], point: HookPoint, place_m: Tensor) -> Tensor:
-    """Activations `[m, D]` of the tokens at these places, which rise, counted over all parts."""
+    """Activations `[m, D]` of the tokens at these indices, which are ascending and count over all parts."""
     found, begin = [], 0
     for part in parts:
         mine_m = (place_m >= begin) & (place_m < begin + len(part))
@@ -206,19 +209,19 @@ def _rows_of(parts: Sequence[Part], point: HookPoint, place_m: Tensor) -> Tensor
 
 
 def check_kept(read: int, kept: int, config: StreamConfig) -> None:
-    """Refuse to search on for tokens that are no outliers where there are next to none.
+    """Stop the search for tokens to keep if nearly all are outliers.
 
     Raises:
         ValueError: of the last 65,536 tokens or more, fewer than one in a hundred is kept.
     """
     if read >= CALIBRATION_TOKENS and kept * 100 < read:
         raise ValueError(
-            f"stream.max_norm_multiple: got {config.max_norm_multiple}, and {read - kept:,} of the last {read:,} "
-            "tokens are outliers, with norms beyond that many times the median norm of the first tokens. Does the "
-            "model emit what it did then? null keeps all tokens"
+            f"stream.max_norm_multiple: got {config.max_norm_multiple}, but {read - kept:,} of the last {read:,} "
+            "tokens are outliers: their norms exceed that multiple of the median norm of the first tokens. Has the "
+            "model changed since then? null keeps all tokens"
         )
 
 
 def usual(norms: dict[HookPoint, Tensor], median: dict[HookPoint, float], config: StreamConfig) -> Tensor:
-    """Bool `[n]`: tokens that are an outlier at none of the hook points, so that all SAEs see the same ones."""
+    """Bool `[n]`: tokens that are not an outlier at any hook point, so that all SAEs see the same tokens."""
     return counts_at_all(counting_rules(median, config.max_norm_multiple), norms)

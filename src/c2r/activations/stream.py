@@ -1,4 +1,4 @@
-"""Activations as SAEs want them: filtered, of unit mean square norm, shuffled, in batches.
+"""Activations prepared for SAE training: filtered, scaled to mean square norm 1, shuffled and batched.
 
 B tokens in a batch · D width of the activations.
 """
@@ -23,23 +23,23 @@ _ROWS = 256
 
 
 class ActivationStream:
-    """Batches of activations from a reader, live or cached, in an order that can be rebuilt.
+    """Batches of activations from a live or cached reader, in a reproducible order.
 
-    Two numbers a hook point are measured once, on the first tokens (which are not lost): the median norm, beyond whose
-    `max_norm_multiple`-fold a token is dropped (for all hook points), and `scale` = √(mean ‖x‖²), by which all are
-    divided. What stays is cut into windows of `window_tokens`, each permuted by a generator of its own. So the state
-    is where a window begins in the text and how much of it was served, and no activations.
+    Two numbers per hook point are measured once on the first tokens (which are served too): the median norm, since
+    tokens above `max_norm_multiple` times the median are dropped (at all hook points), and `scale` = √(mean ‖x‖²), by
+    which activations are divided. The tokens kept are cut into windows of `window_tokens`, each shuffled with its own
+    seed. The state is therefore small: where a window begins in the text and how much of it was served.
 
-    The reader runs ahead in a thread, and another gathers the next batch. In memory are one window, what is read ahead
-    and two batches.
+    The reader runs ahead in one thread, and another gathers the next batch. Memory holds one window, the tokens read
+    ahead and two batches.
 
     Arguments:
         reader: parts in the order of the text.
-        config: filter, window and how far the reader may be ahead.
-        tokens: activations that will be served in all; the last window ends there. None: no end.
-        seed: of the shuffle.
-        device: where batches are delivered.
-        decode: the text of a token, for what is said of the activations.
+        config: filter, window size and how far the reader may run ahead.
+        tokens: total number of activations to serve; the last window ends there. None: endless.
+        seed: seed of the shuffle.
+        device: device on which batches are delivered.
+        decode: maps a token id to its text, for messages about the activations.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ActivationStream:
         """√(mean ‖x‖²) by which activations are divided.
 
         Raises:
-            ValueError: the text holds no real token, or what the reader raises.
+            ValueError: the text holds no real token, or an error of the reader.
         """
         return self._windows.measure().scale
 
@@ -75,46 +75,46 @@ class ActivationStream:
 
     @property
     def look(self) -> Mapping[HookPoint, dict[str, Any]]:
-        """What the first tokens look like at each hook point; see `c2r.activations.look.Look`."""
+        """Statistics of the first tokens at each hook point; see `c2r.activations.look.Look`."""
         return self._windows.measure().look
 
     @property
     def dropped(self) -> int:
-        """Tokens that were read and dropped as outliers."""
+        """Number of tokens dropped as outliers so far."""
         return self._windows.dropped
 
     def batches(self, batch: int, tokens: int) -> Iterator[dict[HookPoint, Tensor]]:
-        """`tokens` activations in shuffled batches `[B, D]`; the last may be short. Stops early where the text ends.
+        """`tokens` activations in shuffled batches `[B, D]`; the last may be smaller. Ends early if the text does.
 
-        One at a time: a call ends an earlier one that is not at its end, and goes on after its last batch.
+        Only one call is active at a time: a new call ends an unfinished one and continues after its last batch.
 
         Raises:
-            ValueError: what the reader raises, when all whole windows before it are served.
-            RuntimeError: the stream was closed, or another call began.
+            ValueError: an error of the reader, after all complete windows before it were served.
+            RuntimeError: the stream was closed, or `batches` was called again.
         """
         if self._preparing is not None:
             self.close()
         self._join()
         ahead = Ahead(partial(self._windows.batches, batch, tokens), batch, "c2r batches", start=False)
         try:
-            self._preparing = ahead  # before its thread runs: a signal between the two must find it
+            self._preparing = ahead  # stored before its thread starts, so that it can be stopped after a signal
             ahead.start()
             while (prepared := ahead.take()) is not None:
                 x = {point: self._scaled(x_BD, point) for point, x_BD in prepared.rows.items()}
-                self._stands = prepared.state  # not before there is a batch to serve
+                self._stands = prepared.state  # only once there is a batch to serve
                 yield x
-                del x  # so that the next one can take its memory
+                del x  # frees its memory for the next batch
             if self._preparing is not ahead:
-                raise RuntimeError("the stream was closed, or asked for batches by another; ask it again")
+                raise RuntimeError("the stream was closed, or batches() was called again; call batches() to continue")
             self._preparing = None
-        except BaseException:  # nobody wants more, and some may be prepared
+        except BaseException:  # the consumer stopped; discard prepared batches
             if self._preparing is ahead:
                 self._stop()
                 self._stand(self._stands, self._windows.measured)
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON holds it; to be asked for between batches."""
+        """The stream's state, JSON-serializable; call it between batches."""
         state = dict(self._stands)
         if self._windows.measured is not None:
             for name, values in self._windows.measured._asdict().items():
@@ -122,7 +122,7 @@ class ActivationStream:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state: the next batch is the one that would have followed it, bit for bit."""
+        """Resume from a state: the next batch is bit-identical to the one that would have followed."""
         self.close()
         measured = None
         if "scale" in state:
@@ -135,13 +135,13 @@ class ActivationStream:
         self._stand(state, measured)
 
     def close(self) -> None:
-        """End the threads; the next batch is the one after the last that was served, all the same."""
+        """End the threads. The stream can still be used: the next batch is the one after the last served."""
         self._stop()
         self._join()
         self._stand(self._stands, self._windows.measured)
 
     def _stop(self) -> None:
-        """Tell the threads to end, without waiting for it."""
+        """Tell the threads to end, without waiting for them."""
         if self._preparing is not None:
             self._preparing.stop()
             self._ending.append(self._preparing)
@@ -151,7 +151,7 @@ class ActivationStream:
         self._preparing = None
 
     def _join(self) -> None:
-        """Wait for threads that were told to end: no two of them may use the reader."""
+        """Wait for threads that are ending, since only one thread may use the reader."""
         while self._ending:
             self._ending.pop().close()
 
@@ -160,11 +160,11 @@ class ActivationStream:
         self._windows: Windows = self._windows_from(self._stands, measured)
 
     def _scaled(self, x_BD: Tensor, point: HookPoint) -> Tensor:
-        """Scaled fp32 rows on the device; they cross to another one as they are, and are widened there."""
+        """Scaled fp32 rows on the device; they are transferred in their own precision and converted there."""
         factor = 1 / self.scale[point]
         if torch.device(self.device).type != "cpu":
             return x_BD.to(self.device, non_blocking=x_BD.is_pinned()).float().mul_(factor)
         wide_BD = x_BD if x_BD.dtype == torch.float32 else torch.empty(x_BD.shape, dtype=torch.float32)
-        for narrow, wide in zip(x_BD.split(_ROWS), wide_BD.split(_ROWS), strict=True):  # while it is in the cache
+        for narrow, wide in zip(x_BD.split(_ROWS), wide_BD.split(_ROWS), strict=True):  # still in the CPU cache
             (wide if wide_BD is x_BD else wide.copy_(narrow)).mul_(factor)
         return wide_BD

@@ -1,4 +1,4 @@
-"""The text's activations cut into windows, each served in an order of its own.
+"""Cut the text's activations into windows, each served in a shuffled order.
 
 B tokens in a batch · D width of the activations · W tokens in a window · n tokens of a piece.
 """
@@ -25,32 +25,32 @@ from c2r.config.run import StreamConfig
 from c2r.text.shuffle import permutation
 
 Piece = dict[HookPoint, Tensor]
-"""Consecutive tokens' activations, `[n, D]` each."""
+"""Activations `[n, D]` of consecutive tokens at each hook point."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch whose rows are gathered."""
+    """A batch with its rows gathered."""
 
     rows: dict[HookPoint, Tensor]
-    """`[B, D]` each, on the CPU, as the reader's parts have them."""
+    """Activations `[B, D]` at each hook point, on the CPU, in the precision of the reader's parts."""
     state: dict[str, Any]
-    """Where the stream stands when it has been served."""
+    """State of the stream after this batch."""
 
     def __len__(self) -> int:
         return len(next(iter(self.rows.values())))
 
 
 class Window:
-    """Consecutive tokens of the text, as the reader's parts have them, and the order in which they are served.
+    """Consecutive tokens of the text, in pieces from the reader's parts, and the order in which they are served.
 
     Arguments:
-        number: of the window.
-        start: the part in which its first token lies (`position`), tokens of that part that belong to earlier windows
-            (`skip`), and tokens `dropped` before that part.
+        number: index of the window.
+        start: `position` of the part with its first token, how many of that part's tokens belong to earlier windows
+            (`skip`), and how many tokens were `dropped` before that part.
         pieces: activations `[n, D]` by hook point, in the order of the text.
-        seed: of the order.
-        served: how many are not to be served again.
+        seed: seed of the order.
+        served: number of tokens already served.
     """
 
     def __init__(self, number: int, start: dict[str, Any], pieces: list[Piece], seed: int, served: int) -> None:
@@ -60,11 +60,11 @@ class Window:
 
     @property
     def left(self) -> int:
-        """Tokens to serve yet."""
+        """Number of tokens not yet served."""
         return self.begins[-1] - self.served
 
     def next(self, most: int) -> list[tuple[Piece, Tensor]]:
-        """The next tokens, at most so many, those of a batch in the order of the text: rows of pieces."""
+        """The next tokens, at most `most`, as row indices into pieces; sorted in the order of the text."""
         places_n = self.order_W[self.served : self.served + most].sort().values
         self.served += len(places_n)
         cuts = torch.searchsorted(places_n, torch.tensor(self.begins)).tolist()
@@ -76,16 +76,16 @@ class Window:
 
 
 class Windows:
-    """Filtered windows of a reader's parts, from a place in the text on; see `ActivationStream`, whose inside this is.
+    """Filtered windows of a reader's parts, starting at a place in the text; the implementation of `ActivationStream`.
 
-    One thread at a time may use it.
+    Only one thread at a time may use it.
 
     Arguments:
         reader, config, tokens, seed: see `ActivationStream`.
-        begun: the place: number of the `window`, how many of it are not to be `served` again, and `Window.start`.
-        measured: what is known of the activations; None measures it.
-        pinned: whether batches are in memory that a GPU can read by itself.
-        decode: the text of a token, for what is said of the activations.
+        begun: where to start: index of the `window`, number of its tokens already `served`, and `Window.start`.
+        measured: statistics of the activations; None: measure them.
+        pinned: whether batches are in pinned memory, for faster transfer to a GPU.
+        decode: maps a token id to its text, for messages about the activations.
     """
 
     def __init__(
@@ -108,23 +108,23 @@ class Windows:
         self.dropped = self._dropped_before = begun["dropped"]
         self._window: Window | None = None
         self._number, self._served = begun["window"], begun["served"]
-        """Of the window that comes next."""
+        """Index of the next window, and number of its tokens already served."""
         self._raw: deque[Part] = deque()
-        """Parts that were measured and are not yet put into a window."""
+        """Parts that were measured but are not yet in a window."""
         self._part: Part | None = None
         self._used, self._skip = 0, begun["skip"]
         self._seen = self._kept = 0
-        """Tokens read for the window that is being filled, and those that were no outliers."""
+        """Number of tokens read for the window being filled, and of those kept."""
 
     def stop(self) -> Ahead[Part] | None:
-        """End the reader's thread, also one that is about to be made; returns the thread's object if there is one."""
+        """Stop the reader's thread, even if it has not started yet; return its object if there is one."""
         self._stopped = True
         if self.reading is not None:
             self.reading.stop()
         return self.reading
 
     def measure(self) -> Measured:
-        """Median norms and scales, measured on the first tokens where they are not known."""
+        """Median norms, scales and looks, measured on the first tokens unless already known."""
         if self.measured is None:
             wanted = min(CALIBRATION_TOKENS, self._size_of(0))
             while sum(map(len, self._raw)) < wanted and (part := self._ahead().take()) is not None:
@@ -133,7 +133,7 @@ class Windows:
         return self.measured
 
     def batches(self, batch: int, tokens: int) -> Iterator[Prepared]:
-        """`tokens` tokens in batches, the last of which may be short; ends early where the text does."""
+        """`tokens` tokens in batches, the last of which may be smaller; ends early if the text does."""
         while tokens > 0:
             picked: list[tuple[Piece, Tensor]] = []
             size = missing = min(batch, tokens)
@@ -154,8 +154,8 @@ class Windows:
         return size if self.tokens is None else max(0, min(size, self.tokens - number * size))
 
     def _turn(self) -> bool:
-        """Read the next window and stand at its begin; False where the text has no more."""
-        self._window = None  # before the next is read: one is held at a time
+        """Read the next window; False if the text has ended."""
+        self._window = None  # free it before reading the next: memory holds one window at a time
         self._seen = self._kept = 0
         number, served = self._number, self._served
         size, pieces, filled, start = self._size_of(number), [], 0, {}
@@ -167,7 +167,7 @@ class Windows:
             pieces.append(piece)
             filled, self._used = filled + taken, self._used + taken
         if self.reading is not None and self._size_of(number + 1) == 0:
-            self.reading.stop()  # nothing more will be asked for
+            self.reading.stop()  # nothing more is needed
         if not pieces:
             return False
         self._number, self._served = number + 1, 0
@@ -175,7 +175,7 @@ class Windows:
         return True
 
     def _more(self) -> Part | None:
-        """A filtered part that is not used up; None where the text has no more."""
+        """A filtered part with unused tokens; None if the text has ended."""
         median = self.measure().median_norm
         while self._part is None or self._used >= len(self._part):
             part = self._raw.popleft() if self._raw else self._ahead().take()
@@ -195,18 +195,18 @@ class Windows:
         if self.reading is None:
             bound = self.config.prefetch_tokens or self.config.window_tokens
             reading = Ahead(partial(self.reader.read, self.begun["position"]), bound, start=False)
-            self.reading = reading  # before its thread runs, so that `stop` finds it
+            self.reading = reading  # stored before its thread starts, so that `stop` finds it
             weakref.finalize(self, reading.stop)
-            if self._stopped:  # before there was a reader to stop
+            if self._stopped:  # `stop` was called before the reader existed
                 reading.stop()
             reading.start()
         return self.reading
 
 
 def _gathered(picked: list[tuple[Piece, Tensor]], point: HookPoint, *, pinned: bool) -> Tensor:
-    """The picked rows at one hook point, `[B, D]`, as the pieces have them.
+    """The picked rows at one hook point, `[B, D]`, in the precision of the pieces.
 
-    One thread, whatever PyTorch has, and without the GIL, so that it runs beside training and keeps nobody waiting.
+    NumPy copies them in a single thread and without the GIL, so training is not slowed down.
     """
     pieces = [(piece[point], rows_n) for piece, rows_n in picked]
     shape = sum(len(rows_n) for _, rows_n in pieces), pieces[0][0].shape[1]

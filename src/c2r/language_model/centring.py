@@ -1,6 +1,6 @@
-"""Activations whose mean over coordinates is subtracted, as TransformerLens's processed weights emit them.
+"""Subtract from activations their mean over coordinates, as TransformerLens's processed weights do.
 
-R rows · T positions · D width of the residual stream.
+R rows · T positions in a row.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _TOLERANCE_HALF = 0.05
 
 @torch.no_grad()
 def center(model: Any, blocks: Iterable[nn.Module], run: Run, ids_RT: Tensor, name: str) -> None:
-    """Subtract from everything that hooks see its mean over coordinates, for good.
+    """Permanently subtract the mean over coordinates from the activations at every hook point.
 
-    TransformerLens centres the weights that write to the residual stream; what that leaves at each hook point is the
-    centred activation. Nothing is done to models with RMSNorm, as there.
+    TransformerLens centres the weights that write to the residual stream, so each hook point emits the centred
+    activation. Like TransformerLens, this leaves models with RMSNorm unchanged.
 
     Arguments:
         blocks: the decoder blocks.
         run: runs the whole model on token ids.
         ids_RT: a few tokens to test with.
-        name: the model's, for errors.
+        name: name of the model, for errors.
 
     Raises:
-        ValueError: the model's output depends on that mean, or it cannot be seen how it is normalised.
+        ValueError: the model's output depends on the subtracted mean.
     """
     blocks = list(blocks)
     norms = {type(module).__name__ for block in blocks for module in block.modules() if "Norm" in type(module).__name__}
@@ -42,10 +42,10 @@ def center(model: Any, blocks: Iterable[nn.Module], run: Run, ids_RT: Tensor, na
     points: list[tuple[nn.Module, Hook]] = []
     for block in blocks:
         for hook in get_args(Hook):
-            with contextlib.suppress(ValueError):  # a block without such a part
+            with contextlib.suppress(ValueError):  # the block has no such part
                 points.append((find_part(block, hook, run, ids_RT), hook))
     before = run(ids_RT).logits.float()
-    for part, hook in points:  # once all are found: a part is found by what passes at the others
+    for part, hook in points:  # only after all are found: hooks would change the activations by which parts are found
         hooked(part, hook, lambda x: x - x.mean(-1, keepdim=True)).__enter__()
     after = run(ids_RT).logits.float()
     tolerance = _TOLERANCE.get(next(model.parameters()).dtype, _TOLERANCE_HALF)
@@ -53,5 +53,6 @@ def center(model: Any, blocks: Iterable[nn.Module], run: Run, ids_RT: Tensor, na
     if not change < tolerance:
         raise ValueError(
             f"model.center_writing_weights: the output of {name!r} depends on the mean over coordinates that would be "
-            f"subtracted (logits change by {change:.2g} of their spread); norms of its blocks: {sorted(norms)}"
+            f"subtracted (logits change by {change:.2g} of their standard deviation); set it to false (normalization "
+            f"layers found: {', '.join(sorted(norms)) or 'none'})"
         )

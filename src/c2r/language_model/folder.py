@@ -1,4 +1,4 @@
-"""Whether a model's folder or Hub repository holds what can be read as it is, asked before and after it is loaded."""
+"""Checks of a model's folder or Hub repository, before and after the model is loaded."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from c2r.memory import check_fits
 
 
 def check_folder(config: ModelConfig, path: str) -> None:
-    """Refuse what is no model in Hugging Face format.
+    """Reject a path that is not a model in Hugging Face format.
 
     Raises:
-        ValueError: a single file, or an adapter, alone or beside its base model's weights.
+        ValueError: a single file, or an adapter, with or without the weights of its base model.
     """
     from transformers.utils.peft_utils import find_adapter_config_file
 
     if Path(path).is_file():
         raise ValueError(
             f"model.name: {config.name!r} is a file; accepted are 'embedded', a folder in Hugging Face format "
-            "(config.json and safetensors), or a Hub id; convert other formats, such as GGUF, with transformers"
+            "(config.json and safetensors), or a Hub id. Convert other formats, such as GGUF, with transformers"
         )
     try:
         found = find_adapter_config_file(path, revision=config.revision)
-    except (OSError, ValueError):  # no such repository, or no connection; loading says which
+    except (OSError, ValueError):  # no such repository or no connection; loading reports which
         return
     if found is None:
         return
@@ -38,13 +38,13 @@ def check_folder(config: ModelConfig, path: str) -> None:
         base = None
     raise ValueError(
         f"model.name: {config.name!r} holds an adapter (adapter_config.json, made for {base!r}), which would not be "
-        "applied; merge it with peft, PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained("
-        "folder), and give that folder, or remove adapter_config.json to read the base model alone"
+        "applied; merge it with peft (PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained("
+        "folder)) and give that folder, or remove adapter_config.json to use only the base model"
     )
 
 
 def check_architecture(config: ModelConfig, architecture: Any) -> None:
-    """Refuse what is no causal language model by its configuration.
+    """Reject a model that is not a causal language model according to its configuration.
 
     Raises:
         ValueError: an encoder-decoder, or an architecture without a causal language model.
@@ -55,7 +55,7 @@ def check_architecture(config: ModelConfig, architecture: Any) -> None:
     if getattr(architecture, "is_encoder_decoder", False):
         raise ValueError(
             f"model.name: {config.name!r} ({kind}) is an encoder-decoder; accepted are causal language models "
-            "(decoders alone)"
+            "(decoder-only)"
         )
     remote = "AutoModelForCausalLM" in (getattr(architecture, "auto_map", None) or {})
     if not remote and type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -66,12 +66,12 @@ def check_architecture(config: ModelConfig, architecture: Any) -> None:
 
 
 def check_room(config: ModelConfig, architecture: Any, device: torch.device) -> None:
-    """Refuse a model whose weights alone are more than there is room for; nothing is loaded for it.
+    """Reject a model whose weights alone do not fit into memory, without loading them.
 
-    Where the size cannot be known before (quantised weights, a model that cannot be made without memory) all pass.
+    A model passes if its size is not known in advance (quantised weights, or it cannot be built on the meta device).
 
     Raises:
-        RoomError: it does not fit.
+        RoomError: the weights do not fit.
     """
     from transformers import AutoModelForCausalLM
 
@@ -80,31 +80,32 @@ def check_room(config: ModelConfig, architecture: Any, device: torch.device) -> 
     try:
         with torch.device("meta"):  # shapes without memory
             empty = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
-    except Exception:  # a model's own code may fail in any way without memory
+    except Exception:  # custom model code may fail in any way on the meta device
         return
     size = sum(weight.numel() for weight in empty.parameters()) * getattr(torch, config.dtype).itemsize
     for place in dict.fromkeys((torch.device("cpu"), device)):  # weights pass through the CPU's memory
         check_fits(
             f"model.name: the weights of {config.name!r} as {config.dtype}", size, place,
-            "lower model.dtype (bfloat16 is half of float32), or take a smaller model",
+            "lower model.dtype (bfloat16 needs half as much as float32), or use a smaller model",
         )  # fmt: skip
 
 
 def check_loaded(config: ModelConfig, model: nn.Module, info: dict[str, Any]) -> None:
-    """Refuse a model that is not what its checkpoint holds.
+    """Reject a loaded model that does not match its checkpoint.
 
     Arguments:
-        info: what transformers says of the loading (`output_loading_info`).
+        info: the loading report of transformers (`output_loading_info`).
 
     Raises:
-        ValueError: weights that the checkpoint lacks, which transformers makes up at random, or weights in it for a
-            place that the configuration switches off, such as a bias.
+        ValueError: the checkpoint lacks weights, which transformers would initialize at random, or it has weights that
+            the configuration switches off, such as a bias.
     """
     missing = sorted(map(str, info["missing_keys"])) + sorted(str(key[0]) for key in info.get("mismatched_keys", ()))
     if missing:
         raise ValueError(
             f"model.name: the checkpoint {config.name!r} lacks {len(missing)} of the weights of {type(model).__name__} "
-            f"({_some(missing)}), which would be random; give a complete checkpoint of a causal language model"
+            f"({_some(missing)}), which would be initialized at random; give a complete checkpoint of a causal "
+            "language model"
         )
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         return
@@ -112,7 +113,7 @@ def check_loaded(config: ModelConfig, model: nn.Module, info: dict[str, Any]) ->
     off: list[str] = []
     for key in sorted(map(str, info["unexpected_keys"])):
         parent, _, name = key.rpartition(".")
-        if parent in modules and name in modules[parent]._parameters:  # there, and None
+        if parent in modules and name in modules[parent]._parameters:  # registered as None
             off.append(key)
     if off:
         raise ValueError(

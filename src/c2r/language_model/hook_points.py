@@ -1,7 +1,7 @@
-"""Where a language model is hooked: its blocks, and the part of a block that `attn_out` or `mlp_out` is.
+"""Find where to hook a language model: its blocks, and the module in a block whose output is `attn_out` or `mlp_out`.
 
-Both are found by running the model on a few tokens. Names inside a model only propose candidates; what a block or a
-part really does decides.
+Both are found by running the model on a few tokens. Module names only suggest candidates; what a block or a part
+computes decides.
 
 R rows · T positions · D width of the residual stream.
 """
@@ -25,13 +25,14 @@ Run = Callable[[Tensor], Any]
 
 
 class Reached(Exception):
-    """Ends a forward pass at the hook; carries nothing, since the hook keeps what it saw."""
+    """Ends a forward pass at the hook, which stores what it saw."""
 
 
 class hooked:
-    """While entered, the hooked tensor passes through `function`, whose result takes its place.
+    """Context manager that replaces the hooked tensor by `function` of it.
 
-    What the function gets and gives is its own: the model, which may add to its tensors in place, has copies.
+    The function's argument and result are not shared with the model, which gets copies, as it may change its tensors in
+    place.
     """
 
     def __init__(self, module: nn.Module, hook: Hook, function: Replace) -> None:
@@ -64,10 +65,10 @@ class hooked:
 
 
 def until(module: nn.Module, hook: Hook, run: Callable[[], Any]) -> Tensor:
-    """What passes at a hook; the pass ends there.
+    """The tensor at a hook; the forward pass ends there.
 
     Raises:
-        ValueError: the pass does not come there.
+        ValueError: the forward pass does not reach the hook.
     """
     seen: list[Tensor] = []
 
@@ -78,7 +79,7 @@ def until(module: nn.Module, hook: Hook, run: Callable[[], Any]) -> Tensor:
     with hooked(module, hook, keep), contextlib.suppress(Reached):
         run()
     if not seen:
-        raise ValueError(f"model.layer: the {type(module).__name__} at {hook} does not run on token ids alone")
+        raise ValueError(f"model.layer: the model does not run {type(module).__name__} at {hook} on token ids alone")
     return seen[0]
 
 
@@ -87,9 +88,9 @@ class Blocks(NamedTuple):
 
     modules: nn.ModuleList | nn.Sequential
     used: frozenset[int]
-    """Those that run on text; a layer for images may not."""
+    """Indices of the blocks that run on text; a layer for images may not."""
     width: int
-    """D."""
+    """D, the width of the residual stream."""
 
 
 class _Call(NamedTuple):
@@ -98,12 +99,12 @@ class _Call(NamedTuple):
 
 
 def find_blocks(model: nn.Module, run: Run, ids_RT: Tensor, at_least: int) -> Blocks:
-    """The list of modules through which the residual stream `[R, T, D]` passes from one to the next.
+    """The list of modules through which the residual stream `[R, T, D]` passes, one after another.
 
-    Towers of other modalities do not run on text, and of lists inside each other the outer one is taken.
+    Towers of other modalities are excluded because they do not run on text. Of nested lists the outer one is taken.
 
     Arguments:
-        at_least: blocks that the model has by its configuration.
+        at_least: number of blocks according to the model's configuration.
 
     Raises:
         ValueError: there is no such list.
@@ -127,7 +128,7 @@ def find_blocks(model: nn.Module, run: Run, ids_RT: Tensor, at_least: int) -> Bl
             hooks.callback(module.register_forward_hook(note, with_kwargs=True).remove)
         run(ids_RT)
     fitting: dict[str, Blocks] = {}
-    for name, found in lists.items():  # outer lists come before those inside
+    for name, found in lists.items():  # outer lists come before the lists inside them
         used = [index for index, module in enumerate(found) if calls[module]]
         once = [calls[found[index]][0] for index in used if len(calls[found[index]]) == 1]
         passed = [call for call in once if call is not None]
@@ -142,7 +143,7 @@ def find_blocks(model: nn.Module, run: Run, ids_RT: Tensor, at_least: int) -> Bl
 
 
 def _chained(calls: list[_Call]) -> bool:
-    """Whether each block takes what the one before returned."""
+    """Whether each block's input is the output of the block before."""
     return all(
         one.after.shape == other.before.shape and _same(one.after, other.before) for one, other in pairwise(calls)
     )
@@ -157,20 +158,20 @@ def _within(name: str, outer: Iterable[str]) -> bool:
 
 
 def check_causal(model: nn.Module, blocks: Blocks, run: Run, ids_RT: Tensor, other_RT: Tensor) -> None:
-    """Refuse a model in which a token's activations depend on later tokens.
+    """Reject a model in which a token's activations depend on later tokens.
 
     Arguments:
         ids_RT: token ids.
-        other_RT: the same in the first half of positions, others in the second.
+        other_RT: token ids with the same first half of positions and a different second half.
 
     Raises:
-        ValueError: the first half changes with the second.
+        ValueError: activations in the first half differ.
     """
     last = blocks.modules[max(blocks.used)]
     one, other = (until(last, "resid_post", lambda ids=ids: run(ids)) for ids in (ids_RT, other_RT))
     half = ids_RT.shape[1] // 2
     change_RT = (one - other)[:, :half].float().norm(dim=-1) / one[:, :half].float().norm(dim=-1)
-    # The median: where experts are chosen, rounding may send one token elsewhere.
+    # The median, because rounding can route single tokens to other experts.
     change = change_RT.median().item()
     if change > (1e-4 if one.dtype == torch.float32 else 0.02):
         raise ValueError(
@@ -181,14 +182,14 @@ def check_causal(model: nn.Module, blocks: Blocks, run: Run, ids_RT: Tensor, oth
 
 
 def find_part(block: nn.Module, hook: Hook, run: Run, ids_RT: Tensor) -> nn.Module:
-    """The part of a block whose output is what `attn_out` or `mlp_out` adds to the residual stream.
+    """The module in a block whose output is added to the residual stream as `attn_out` or `mlp_out`.
 
-    It is chosen so that resid_pre + attn_out + mlp_out = resid_post up to rounding, in the model as it is and with the
-    part's output set to zero. So it stands behind a norm where the block has one there (Gemma 2, GLM-4), and before a
-    residual connection that belongs to the part (BLOOM).
+    It is chosen so that resid_pre + attn_out + mlp_out = resid_post up to rounding, both in the unchanged model and
+    with the module's output set to zero. So it comes after a post-norm if the block has one (Gemma 2, GLM-4), and
+    before a residual connection inside the attention or MLP module (BLOOM).
 
     Raises:
-        ValueError: the block has no such part, or none of which this holds; with how far it is off.
+        ValueError: the block has no such part, or none satisfies the equation; the message gives the error.
     """
     if hook in ("resid_pre", "resid_post"):
         return block
@@ -213,34 +214,34 @@ def find_part(block: nn.Module, hook: Hook, run: Run, ids_RT: Tensor) -> nn.Modu
     if fitting:
         part = fitting[0][0]
         reason = (
-            "has not the shape [rows, positions, width]" if part in seen.flat else "also enters the block elsewhere"
+            "does not have the shape [rows, positions, width]" if part in seen.flat else "is also used elsewhere in it"
         )
         raise ValueError(
-            f"model.hook: got {hook!r}, which is the output of {part} in {type(block).__name__}; but that {reason}; "
+            f"model.hook: got {hook!r}, which is the output of {part} in {type(block).__name__}, but that {reason}; "
             "resid_pre and resid_post can be used"
         )
     named = [pair for pair in pairs if not any("norm" in name or _depth(name) for name in pair)] or pairs
     best = min(named, key=lambda pair: missed[pair].share)
     raise ValueError(
-        f"model.hook: got {hook!r}, but no part of {type(block).__name__} is what it adds to the residual stream: "
-        f"resid_pre + attn_out + mlp_out is off by {missed[best].share:.0%} of what the block adds, with the outputs "
-        f"of {best[0]} and {best[1]}; resid_pre and resid_post can be used"
+        f"model.hook: got {hook!r}, but no part of {type(block).__name__} outputs what is added to the residual "
+        f"stream: with the best candidates ({best[0]} and {best[1]}), resid_pre + attn_out + mlp_out is off by "
+        f"{missed[best].share:.0%} of what the block adds; resid_pre and resid_post can be used"
     )
 
 
 def _candidates(order: list[str], hook: Hook) -> list[tuple[str, str]]:
-    """Pairs of a part that the hook may mean and the other part of the block, most likely first.
+    """Pairs of a candidate for the hooked part and one for the block's other part, most likely first.
 
     Arguments:
-        order: names in a block, in the order of computation.
+        order: names of modules in a block, in the order of computation.
     """
     attention = [name for name in order if "attn" in name or "attention" in name]
     others = [name for name in order if name not in attention]
     if hook == "attn_out":
-        # A norm behind the attention may be named after nothing; it comes before the other part.
+        # The name of a norm after the attention may not mention attention; it comes before the other part.
         behind = [name for name in others if attention and order.index(name) > order.index(attention[0])]
         return [*product(attention, others), *((a, b) for i, a in enumerate(behind) for b in behind[i + 1 :])]
-    # What comes before an MLP need not be attention (a convolution, a recurrent layer), but is not a part of the MLP.
+    # Before an MLP there may be something other than attention (a convolution, a recurrent layer) outside the MLP.
     return [
         (a, b)
         for a in others
@@ -257,15 +258,15 @@ class _Seen(NamedTuple):
     pre: Tensor
     post: Tensor
     outputs: dict[str, Tensor]
-    """Of modules that run once, `[R, T, D]`; by name, in the order of computation."""
+    """Outputs `[R, T, D]` of the modules that run once, by name, in the order of computation."""
     flat: frozenset[str]
-    """Those that come as `[R·T, D]`, and so cannot be hooked."""
+    """Names of those whose output is really `[R·T, D]`, which cannot be hooked."""
 
 
 def _pass(
     block: nn.Module, paths: dict[str, nn.Module], run: Run, ids_RT: Tensor, zero: nn.Module | None = None
 ) -> _Seen:
-    """One pass to the end of a block, a part's output set to zero on request."""
+    """One pass to the end of a block, with the output of the part `zero` set to zero."""
     stream: dict[str, Tensor] = {}
     outputs: dict[str, list[Tensor | None]] = defaultdict(list)
 
@@ -303,9 +304,9 @@ def _pass(
 
 class _Missed(NamedTuple):
     share: float
-    """Norm of what is missing over the norm of what the block adds."""
+    """Norm of the error, divided by the norm of what the block adds."""
     fits: bool
-    """It is rounding, of every token."""
+    """Whether the error is only rounding, for every token."""
 
 
 def _missed(seen: _Seen, pair: Iterable[str]) -> _Missed:
@@ -323,7 +324,7 @@ def _first(output: Any) -> Tensor | None:
 
 
 def _stream_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The keyword under which a block gets the residual stream; None: as its first positional argument."""
+    """The keyword argument by which a block gets the residual stream; None: its first positional argument."""
     if args:
         return None
     if "hidden_states" in kwargs:

@@ -1,4 +1,4 @@
-"""What a language model can be given: arguments, token ids, and rows of which length.
+"""What inputs a language model accepts: arguments, token ids, and the maximum row length.
 
 R rows · T positions in a row.
 """
@@ -16,33 +16,33 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", 
 
 
 def accepts(model: Any, argument: str) -> bool:
-    """Whether a model's forward takes a keyword."""
+    """Whether a model's `forward` accepts a keyword argument."""
     parameters = inspect.signature(model.forward).parameters
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def without_cache(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """A hook before the forward of a model that does not take `use_cache`, which leaves it out."""
+    """Forward pre-hook that removes `use_cache`, for a model that does not accept it."""
     return args, {key: value for key, value in kwargs.items() if key != "use_cache"}
 
 
 def embeddings_of(model: Any) -> int | None:
-    """Rows of the embeddings, by the module or else by the configuration; None where neither says."""
+    """Number of rows of the embedding matrix, from the module or else the configuration; None if unknown."""
     try:
         return model.get_input_embeddings().weight.shape[0]
-    except (NotImplementedError, AttributeError):  # a model of one's own
+    except (NotImplementedError, AttributeError):  # a custom model
         return getattr(model.config.get_text_config(), "vocab_size", None)
 
 
 def layers_of(config: Any) -> int | None:
-    """Blocks of the (text) decoder by a model's configuration; None where it does not say."""
+    """Number of blocks of the (text) decoder according to a model's configuration; None if it does not say."""
     text = config.get_text_config()
     names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer")
     return next((value for name in names if isinstance(value := getattr(text, name, None), int)), None)
 
 
 def few_tokens(model: Any, embeddings: int | None, positions: int | None) -> tuple[Tensor, Tensor]:
-    """Two rows of token ids that are no special ones, and the same with others in their second half."""
+    """Two rows of non-special token ids, and the same rows with a different second half."""
     sections = [model.config, model.config.get_text_config()]
     special = {
         index
@@ -60,10 +60,10 @@ def few_tokens(model: Any, embeddings: int | None, positions: int | None) -> tup
 
 
 def positions_of(model: Any) -> int | None:
-    """The longest row by the configuration, which calls it by many names; None: no limit.
+    """Maximum row length according to the configuration, which has several names for it; None: no limit.
 
-    A model with ALiBi, and one whose rotary positions are scaled, reads further than `max_position_embeddings` says;
-    one that counts positions from its padding id (RoBERTa) less far.
+    ALiBi and scaled rotary positions allow longer rows than `max_position_embeddings`; models that count positions from
+    their padding id (RoBERTa) allow fewer.
     """
     config = model.config.get_text_config()
     found = next((value for name in _POSITIONS if isinstance(value := getattr(config, name, None), int)), None)
@@ -79,7 +79,7 @@ def positions_of(model: Any) -> int | None:
 
 
 def _scalings(rope: Any) -> Iterator[dict[str, Any]]:
-    """The sections of a model's rotary positions that scale them, one per type of layer at most."""
+    """The sections of the rotary configuration that scale positions, at most one per type of layer."""
     if isinstance(rope, dict):
         if isinstance(rope.get("factor"), (int, float)):
             yield rope

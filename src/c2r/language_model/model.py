@@ -1,6 +1,6 @@
-"""A Hugging Face causal language model, stopped at a hook point to give activations, or run on from it.
+"""A Hugging Face causal language model, read at a hook point or run with the hook's output replaced.
 
-R rows · T positions in a context · D width of the activations · V vocabulary.
+R rows · T positions in a context · D width of the activations · V vocabulary · P openings · S positions of an opening.
 """
 
 from __future__ import annotations
@@ -31,31 +31,30 @@ from c2r.text.tokenizing import beyond
 
 
 class LayerError(ValueError):
-    """A layer that the model does not have."""
+    """The configured layer does not exist in the model."""
 
 
 class LanguageModel:
     """A causal language model with one hook point.
 
     Arguments:
-        model: any `AutoModelForCausalLM` whose blocks stand in one list. It is put into evaluation mode, and run on a
-            few tokens to find them.
+        model: any `AutoModelForCausalLM` whose blocks form one list. It is set to evaluation mode and run on a few
+            tokens to find the blocks.
         tokenizer: its tokenizer.
-        layer: block, counted from 0.
+        layer: index of the block, counted from 0.
         hook: `resid_pre`, `resid_post`, `mlp_out` or `attn_out` of that block. `mlp_out` and `attn_out` are what is
-            added to the residual stream, so behind a post-norm where the block has one (Gemma 2).
+            added to the residual stream, so after a post-norm if the block has one (Gemma 2).
 
     Raises:
-        ValueError: a model that cannot be run on token ids alone, that has no list of blocks, or whose tokens attend
-            to later ones; no such layer; a block without such a part, or where resid_pre + attn_out + mlp_out is not
-            resid_post.
+        ValueError: the model does not run on token ids alone, has no list of blocks, or its tokens attend to later
+            ones; the layer does not exist; its block has no such part, or resid_pre + attn_out + mlp_out ≠ resid_post.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, layer: int, hook: Hook) -> None:
         self.model, self.tokenizer, self.layer = model.eval(), tokenizer, layer
         self.hook: Hook = hook
         self._keeps = accepts(model, "past_key_values")
-        if not accepts(model, "use_cache"):  # a model of one's own
+        if not accepts(model, "use_cache"):  # a custom model
             model.register_forward_pre_hook(without_cache, with_kwargs=True)
         self._few, other = few_tokens(model, self.embeddings, self.positions)
         self._blocks = find_blocks(model, self._first_run, self._few, layers_of(model.config) or 1)
@@ -66,32 +65,34 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights are."""
+        """Device of the model's weights."""
         return next(self.model.parameters()).device
 
     @property
     def d_in(self) -> int:
-        """D: what the hook emits is as wide as the residual stream."""
+        """D, the width of the activations, which is that of the residual stream."""
         return self._blocks.width
 
     @cached_property
     def embeddings(self) -> int | None:
-        """Rows of the embeddings: ids are below this. It may be more or less than the tokenizer has. None: unknown."""
+        """Number of rows of the embedding matrix: ids must be smaller. May differ from the tokenizer's size. None:
+        unknown.
+        """
         return embeddings_of(self.model)
 
     @cached_property
     def positions(self) -> int | None:
-        """Tokens of the longest row that the model is made for; None: no limit."""
+        """Maximum number of tokens in a row; None: no limit."""
         return positions_of(self.model)
 
     def check_data(self, data: DataConfig, name: str | None = None) -> None:
-        """Find what in the data the model cannot read, before any of it is read.
+        """Check, before reading any data, that the model can process it.
 
         Arguments:
-            name: the model's, for errors.
+            name: name of the model, for errors.
 
         Raises:
-            ValueError: rows that are too long, or text for a model without tokenizer; names the field.
+            ValueError: rows are too long, or text for a model without a tokenizer; the message names the field.
         """
         if self.positions is not None and data.context > self.positions:
             name = name or type(self.model).__name__
@@ -99,17 +100,17 @@ class LanguageModel:
         if isinstance(self.tokenizer, NoTokenizer) and any(
             source.tokens_field is None for source in data.sections.values()
         ):
-            self.tokenizer("")  # raises with what to do
+            self.tokenizer("")  # raises an error that says what to do
 
     def check_ids(self, ids_RT: Tensor) -> None:
-        """Refuse rows that the model cannot read.
+        """Reject rows that the model cannot process.
 
         Raises:
-            ValueError: an id beyond the embeddings, with its token and place, or rows that are too long.
+            ValueError: an id exceeds the embedding matrix (with its token and place), or rows are too long.
         """
         rows, positions = self.embeddings, self.positions
         if positions is not None and ids_RT.shape[1] > positions:
-            raise ValueError(f"rows of {ids_RT.shape[1]} tokens: the model reads at most {positions}")
+            raise ValueError(f"ids_RT: got rows of {ids_RT.shape[1]} tokens; the model reads at most {positions}")
         if rows is None or not (wrong_RT := (ids_RT < 0) | (ids_RT >= rows)).any():
             return
         row, place = wrong_RT.nonzero()[0].tolist()
@@ -119,20 +120,20 @@ class LanguageModel:
 
     @cached_property
     def identity(self) -> str:
-        """Digests of the model's configuration and of its weights, joined by a colon; see `of_model`."""
+        """Digests of the model's configuration and weights, joined by a colon; see `of_model`."""
         return of_model(self.model)
 
     @torch.no_grad()
     def activations(self, ids_RT: Tensor) -> Tensor:
-        """What the hook point emits, fp32 `[R, T, D]`; nothing after it is computed."""
+        """Activations at the hook point, fp32 `[R, T, D]`; the forward pass ends there."""
         self.check_ids(ids_RT)
         return until(self._module, self.hook, lambda: self._run(ids_RT)).float()
 
     def check_points(self, points: Sequence[HookPoint]) -> None:
-        """Find hook points that the model does not have.
+        """Check that the model has these hook points.
 
         Raises:
-            ValueError: no such layer, a block without such a part, or one where resid_pre + attn_out + mlp_out is not
+            ValueError: a layer does not exist, its block has no such part, or resid_pre + attn_out + mlp_out ≠
                 resid_post.
         """
         for point in points:
@@ -140,7 +141,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def activations_at(self, ids_RT: Tensor, points: Sequence[HookPoint]) -> dict[HookPoint, Tensor]:
-        """What each hook point emits, `[R, T, D]` in the model's own precision; one pass, which ends with the last."""
+        """Activations `[R, T, D]` at each hook point, in the model's precision, from one pass that ends at the last."""
         modules = {point: self._module_at(point) for point in points}
         self.check_ids(ids_RT)
         seen: dict[HookPoint, Tensor] = {}
@@ -166,7 +167,7 @@ class LanguageModel:
             return self._run(ids_RT)
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # models for other inputs raise what they like
+        except Exception as error:  # models for other inputs can raise anything
             raise ValueError(
                 f"model.name: {type(self.model).__name__} does not run on token ids alone "
                 f"({type(error).__name__}: {error})"
@@ -178,21 +179,23 @@ class LanguageModel:
 
     @torch.no_grad()
     def _module_at(self, point: HookPoint) -> nn.Module:
-        """The module that a hook point hooks, looked for once."""
+        """The module hooked at a hook point (cached)."""
         if point not in self._parts:
             blocks = self._blocks
             _check_layer(point.layer, len(blocks.modules))
             if point.layer not in blocks.used:
-                raise ValueError(f"model.layer: got {point.layer}, a block that does not run on text; others do")
+                raise ValueError(
+                    f"model.layer: got {point.layer}, a block that does not run on text; choose another one"
+                )
             self._parts[point] = find_part(blocks.modules[point.layer], point.hook, self._run, self._few)
         return self._parts[point]
 
     @torch.no_grad()
     def continuations(self, openings_PS: Tensor, ids_RT: Tensor) -> Tensor:
-        """Activations fp32 `[R, T, D]` of rows that go on from openings, R/P rows in turn from each of the P.
+        """Activations fp32 `[R, T, D]` of rows that continue openings; each opening has R/P consecutive rows.
 
-        The same as `activations` of whole rows at their last T positions, but an opening is read once: its keys and
-        values are kept. A model that keeps none reads whole rows.
+        Equals `activations` of whole rows at their last T positions, but each opening is processed only once, and its
+        keys and values are reused. Models without a key-value cache process whole rows.
         """
         from transformers import DynamicCache
 
@@ -202,7 +205,7 @@ class LanguageModel:
         self.check_ids(whole)
         if cache is not None:
             row = {"input_ids": openings_PS.to(self.device), "past_key_values": cache, "use_cache": True}
-            # To the end of the block, so that its keys are there even if the hook stands before its attention.
+            # Run to the end of the block, so that its keys are cached even if the hook comes before its attention.
             until(self._block, "resid_post", lambda: self.model(**row))
             with contextlib.suppress(ValueError):  # recurrent layers have no length
                 kept = cache.get_seq_length()
@@ -214,20 +217,20 @@ class LanguageModel:
 
     @property
     def blocks(self) -> nn.ModuleList | nn.Sequential:
-        """The decoder blocks, in their order."""
+        """The decoder blocks, in order."""
         return self._blocks.modules
 
     def center(self, name: str) -> None:
-        """Subtract from what the hooks see its mean over coordinates, for good; see `c2r.language_model.centring`."""
+        """Permanently subtract their mean over coordinates from the activations; see `c2r.language_model.centring`."""
         center(self.model, self.blocks, self._run, self._few, name)
 
     def replacing(self, replace: Replace) -> contextlib.AbstractContextManager[None]:
-        """While entered, the hook's output passes through `replace`, whose result takes its place."""
+        """Context manager that replaces the hook's output by `replace` of it."""
         return _hooked(self._module, self.hook, replace)
 
     @torch.no_grad()
     def logits(self, ids_RT: Tensor, replace: Replace | None = None) -> Tensor:
-        """The model's logits, fp32 `[R, T, V]`, with the hook's output replaced by `replace` of it."""
+        """The model's logits, fp32 `[R, T, V]`; with `replace`, the hook's output is replaced by `replace` of it."""
         if replace is None:
             return self.model(input_ids=ids_RT.to(self.device), use_cache=False).logits.float()
         with self.replacing(replace):
@@ -235,10 +238,10 @@ class LanguageModel:
 
 
 def load_language_model(config: ModelConfig, device: str | torch.device = "cpu") -> LanguageModel:
-    """Load `config.name` (`embedded`, a folder, or a Hub id) for reading at its hook point.
+    """Load the model `config.name` (`embedded`, a folder, or a Hub id) with its hook point.
 
     Raises:
-        ValueError: it cannot be loaded, is no causal language model, is not all there, or has no such hook point; the
+        ValueError: it cannot be loaded, is not a causal language model, is incomplete, or lacks the hook point; the
             message names the field.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -252,7 +255,7 @@ def load_language_model(config: ModelConfig, device: str | torch.device = "cpu")
         architecture = AutoConfig.from_pretrained(path, **options)
     check_architecture(config, architecture)
     layers = layers_of(architecture)
-    if layers is not None:  # before gigabytes are read
+    if layers is not None:  # before reading gigabytes
         _check_layer(config.layer, layers)
     check_room(config, architecture, place)
     own = None if config.tokenizer is None else model_path(config.tokenizer)
@@ -273,15 +276,15 @@ def load_language_model(config: ModelConfig, device: str | torch.device = "cpu")
 
 @contextlib.contextmanager
 def _loading(config: ModelConfig) -> Iterator[None]:
-    """What transformers raises, as an error that names the field."""
+    """Convert errors raised by transformers to errors that name the field."""
     try:
         yield
     except RoomError:
         raise
     except UnpicklingError as error:  # transformers reads pytorch_model.bin with weights_only=True
         raise ValueError(
-            f"model.name: {config.name!r} holds a pickle with code in it, which was not run; c2r reads "
-            f"safetensors, and pickles of tensors alone ({str(error).splitlines()[0]})"
+            f"model.name: {config.name!r} holds a pickle that contains code, which was not run; accepted are "
+            f"safetensors, and pickles that contain only tensors ({str(error).splitlines()[0]})"
         ) from error
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise ValueError(
@@ -296,5 +299,5 @@ def _check_layer(layer: int, blocks: int) -> None:
 
 
 def model_path(name: str) -> str:
-    """The folder of the embedded model, or the name itself."""
+    """The folder of the embedded model if `name` is `embedded`, else `name` itself."""
     return str(files("c2r") / "assets" / "embedded") if name == "embedded" else name

@@ -1,17 +1,17 @@
-"""A language model's passes over the same rows that differ only in what the hook emits.
+"""Several passes of a language model over the same rows that differ only in the hook's output.
 
-The blocks before the hook are computed once per batch of rows. The output head, which makes one number per position
+The blocks before the hook are computed once per batch of rows. The output head, which computes one logit per position
 and vocabulary entry, runs on a few positions at a time. Both work on any Hugging Face causal language model without
-knowing its architecture, because every pass is the model's own forward:
+knowledge of its architecture, because every pass calls the model's own `forward`:
 
-- blocks before the hook are replaced by ones that return what the last of them returned in the first pass; masks,
-  positions, embeddings and whatever else the model passes to its blocks are made as always;
-- for the head, the part of the model that holds the blocks is replaced by one that returns given final states; what
-  the model does with them (output embedding, scaling, soft cap) is its own code.
+- blocks before the hook are replaced by ones that return the output of the last of them in the first pass; the model
+  computes masks, positions, embeddings and all other inputs of its blocks as usual;
+- for the head, the submodule that contains the blocks (the trunk) is replaced by one that returns given final states;
+  the model applies its own code to them (output embedding, scaling, soft cap).
 
-Whether a model allows this is tested on its first tokens, and where it does not, whole passes give the same results.
+Both are tested on the first tokens. If a test fails, whole passes are run instead, with the same results.
 
-R rows · T positions of a row · D width at the hook · E width that the head reads · V vocabulary · n scored positions ·
+R rows · T positions of a row · D width at the hook · E width of the head's input · V vocabulary · n scored positions ·
 p positions of a piece.
 """
 
@@ -29,38 +29,38 @@ from c2r.language_model.model import LanguageModel
 from c2r.text.packing import Rows
 
 _PIECE = {"cpu": 2**23}
-"""Most logits at once, by kind of device: 32 MiB in fp32 on a CPU, whose caches they should nearly fit."""
+"""Maximum number of logits at once, by device type: 32 MiB in fp32 on a CPU, to nearly fit into its caches."""
 _PIECE_ELSEWHERE = 2**26
 _SMALLEST_PIECE = 16
 _WHOLE = 2**26
-"""Most logits at once where a model's head cannot run on pieces."""
+"""Maximum number of logits at once if a model's head cannot run on pieces."""
 _TRIAL = (2, 16)
-"""Rows and positions of the test."""
+"""Rows and positions used in the tests."""
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _TOLERANCE_OF_HALF = 0.02
-"""How far logits may differ in the test, relative to the largest; what is computed is the same, so only kernels that
-sum in another order make a difference."""
+"""Tolerance for logits in the tests, relative to the largest. The computation is the same, so differences come only
+from kernels that sum in a different order."""
 
 
 class _AtHead(Exception):
-    """Ends a forward pass before the head."""
+    """Raised to end a forward pass before the head."""
 
 
 class Passes:
-    """A language model, for many passes over each batch of rows.
+    """A language model prepared for several passes over each batch of rows.
 
     Arguments:
         lm: the language model with its hook point.
-        ids_RT: some of the rows that will be read; the test uses a few tokens of them.
+        ids_RT: some of the rows that will be read; the tests use a few of their tokens.
     """
 
     def __init__(self, lm: LanguageModel, ids_RT: Tensor) -> None:
         self.lm = lm
         self.notes: list[str] = []
-        """What could not be saved, and why; each a sentence for the user."""
+        """Sentences for the user: which savings are not possible with this model, and why."""
         self._before = list(lm.blocks)[: lm.layer + (lm.hook == "resid_post")]
         self._head: tuple[nn.Module, Callable[[Tensor], Any]] | None = None
-        """The part of the model whose output the head reads, and what makes such an output of states."""
+        """The trunk, whose output the head reads, and a function that wraps states as such an output."""
         few_RT = ids_RT[: _TRIAL[0], : _TRIAL[1]].to(lm.device)
         expected = lm.logits(few_RT), lm.logits(few_RT, _changed)
         self._vocabulary = expected[0].shape[-1]
@@ -78,7 +78,7 @@ class Passes:
         return self._head is not None
 
     def cut(self, batches: Iterable[Rows]) -> Iterator[Rows]:
-        """Batches of as many rows as can be read at once: the given ones, or smaller ones where logits are whole."""
+        """Split batches, if logits must be computed for whole rows, so that they fit into memory."""
         for part in batches:
             most = len(part.ids)
             if not self.in_pieces:
@@ -87,23 +87,23 @@ class Passes:
                 yield Rows(part.ids[start : start + most], part.real[start : start + most])
 
     def read(self, ids_RT: Tensor, scored_RT: Tensor) -> Pass:
-        """The first pass over rows, in which the hook's output is left as it is.
+        """The first pass over rows, with the hook's output unchanged.
 
         Arguments:
-            scored_RT: positions whose logits are wanted, bool.
+            scored_RT: bool, positions at which logits are needed.
         """
         return Pass(self, ids_RT.to(self.lm.device), scored_RT.to(self.lm.device))
 
     def _piece(self) -> int:
-        """p, the positions whose logits are made at once."""
+        """p, the number of positions whose logits are computed at once."""
         most = _PIECE.get(self.lm.device.type, _PIECE_ELSEWHERE)
         return max(_SMALLEST_PIECE, most // self._vocabulary)
 
     def _forward(self, ids_RT: Tensor, replace: Callable[[Tensor], Tensor], saved: Any) -> Tensor:
-        """The states that the head reads `[R, T, E]`, or fp32 logits `[R, T, V]` where it cannot run on pieces.
+        """The head's input `[R, T, E]`, or fp32 logits `[R, T, V]` if the head cannot run on pieces.
 
         Arguments:
-            saved: what the last block before the hook returned; None computes them.
+            saved: output of the last block before the hook; None: run the blocks.
         """
         with contextlib.ExitStack() as stack:
             if saved is not None:
@@ -114,7 +114,7 @@ class Passes:
             return _hidden(self._output_of(self._head[0], ids_RT, replace))
 
     def _output_of(self, trunk: nn.Module, ids_RT: Tensor, replace: Callable[[Tensor], Tensor]) -> Any:
-        """What `trunk` returns in a pass; the rest of the pass is not run."""
+        """The output of `trunk` in a pass, which ends there."""
         seen: list[Any] = []
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
@@ -128,11 +128,11 @@ class Passes:
         finally:
             handle.remove()
         if not seen:
-            raise ValueError(f"{type(trunk).__name__} is not called as a whole")
+            raise ValueError(f"the model does not call its {type(trunk).__name__} as a module")
         return seen[0]
 
     def head(self, final_pE: Tensor) -> Tensor:
-        """Logits, fp32 `[p, V]`, of states that the head reads."""
+        """Logits, fp32 `[p, V]`, of final states `[p, E]`."""
         assert self._head is not None
         trunk, output_of = self._head
         output = output_of(final_pE[None])
@@ -141,8 +141,8 @@ class Passes:
             return self.lm.model(input_ids=ids_1p, use_cache=False).logits[0].float()
 
     def _test_head(self, few_RT: Tensor, expected_RTV: Tensor) -> None:
-        """Find the part of the model that a head follows which gives the model's own logits on pieces."""
-        reason = "no part of the model holds all of its blocks"
+        """Find a trunk with which the head, run on pieces, reproduces the model's logits."""
+        reason = "no submodule contains all of its blocks"
         for trunk in _holding_blocks(self.lm):
             try:
                 output = self._output_of(trunk, few_RT, _same)
@@ -161,7 +161,7 @@ class Passes:
         )
 
     def _test_skipping(self, few_RT: Tensor, expected: tuple[Tensor, Tensor]) -> None:
-        """Turn skipping off unless passes from the hook on give the model's own logits."""
+        """Turn skipping off unless passes that start at the hook reproduce the model's logits."""
         if not self._before:
             return
         try:
@@ -175,12 +175,12 @@ class Passes:
         if reason:
             skipped, self._before = len(self._before), []
             self.notes.append(
-                f"{type(self.lm.model).__name__} cannot be run from the hook on ({reason}): its first {skipped} blocks "
-                "are computed again for every pass, which takes longer"
+                f"{type(self.lm.model).__name__} cannot be run from the hook onwards ({reason}): its first {skipped} "
+                "blocks are recomputed for every pass, which takes longer"
             )
 
     def _difference(self, found: list[Tensor], expected: list[Tensor]) -> str:
-        """What is wrong with logits, empty if nothing."""
+        """How the logits differ, in words; empty if they agree."""
         tolerance = _TOLERANCE.get(next(self.lm.model.parameters()).dtype, _TOLERANCE_OF_HALF)
         for mine, theirs in zip(found, expected, strict=True):
             scale = theirs[theirs.isfinite()].abs().max().item() if theirs.isfinite().any() else 0.0
@@ -190,9 +190,9 @@ class Passes:
 
 
 class Pass:
-    """Rows that were read once, from whose hook further passes start.
+    """Rows after their first pass; further passes start at the hook.
 
-    `hidden_RTD` is what the hook emits, in the model's precision, and `clean` the final state of the first pass.
+    `hidden_RTD` is the hook's output, in the model's precision, and `clean` the final state of the first pass.
     """
 
     def __init__(self, passes: Passes, ids_RT: Tensor, scored_RT: Tensor) -> None:
@@ -210,11 +210,11 @@ class Pass:
         self.clean = self._kept(whole)
 
     def final(self, hidden_RTD: Tensor) -> Tensor:
-        """The final state of a pass in which the hook emits `hidden_RTD`; `pieces` makes logits of it."""
+        """The final state of a pass in which the hook emits `hidden_RTD`; `pieces` computes logits from it."""
         return self._kept(self.passes._forward(self.ids_RT, lambda _: hidden_RTD.clone(), self._saved))
 
     def pieces(self) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
-        """Pieces of the n scored positions, each with what makes fp32 logits `[p, V]` there of a pass' final state."""
+        """Pieces of the n scored positions, each with a function from a final state to fp32 logits `[p, V]` there."""
         count = int(self.scored_RT.sum())
         if not self.passes.in_pieces:
             yield slice(0, count), lambda logits_nV: logits_nV
@@ -229,7 +229,7 @@ class Pass:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Keep what the last block before the hook returns."""
+        """Store the output of the last block before the hook."""
         before = self.passes._before
         if not before:
             yield
@@ -246,7 +246,7 @@ class Pass:
 
 
 def _holding_blocks(lm: LanguageModel) -> Iterator[nn.Module]:
-    """The model's parts that hold all blocks and can be called, from the largest on."""
+    """The callable submodules that contain all blocks, largest first."""
     module, blocks = lm.model, set(lm.blocks)
     while True:
         holding = [child for child in module.children() if blocks <= set(child.modules())]
@@ -257,14 +257,14 @@ def _holding_blocks(lm: LanguageModel) -> Iterator[nn.Module]:
 
 
 def _hidden(output: Any) -> Tensor:
-    """The states in what a trunk returns."""
+    """The states in a trunk's output."""
     if isinstance(output, Tensor):
         return output
     return output[0] if isinstance(output, tuple) else output["last_hidden_state"]
 
 
 def _with_hidden(output: Any, hidden_1pE: Tensor) -> Any:
-    """What a trunk would return if these were its states."""
+    """A trunk's output with its states replaced by these."""
     if isinstance(output, Tensor):
         return hidden_1pE
     if isinstance(output, tuple):
@@ -273,14 +273,14 @@ def _with_hidden(output: Any, hidden_1pE: Tensor) -> Any:
 
 
 def _copied(output: Any) -> Any:
-    """What a block returned, its states copied, since the model may change them in place."""
+    """A block's output with its states copied, since the model may change them in place."""
     return output.clone() if isinstance(output, Tensor) else (output[0].clone(), *output[1:])
 
 
 @contextlib.contextmanager
 def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While entered, `forward` runs instead of the module's own."""
-    own = module.__dict__.get("forward")  # of the object, where a library has put one
+    """Context manager that replaces the module's `forward`."""
+    own = module.__dict__.get("forward")  # set on the instance by some libraries
     module.forward = forward
     try:
         yield

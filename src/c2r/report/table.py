@@ -98,8 +98,8 @@ DOMAIN_NOTE = (
     "under 16k latents, so the figure speaks neither for nor against a method there."
 )
 KNOWN_NOTE = (
-    "Synthetic activations whose features are known (docs/reference/metrics.md). Absorption: of the tokens with a parent "
-    "and a child of it on, the share on which the parent's own latent is silent and another latent supplies it."
+    "Synthetic activations whose features are known (docs/reference/metrics.md). Absorption: of the tokens with a "
+    "parent and a child of it on, the share on which the parent's own latent is silent and another latent supplies it."
 )
 
 

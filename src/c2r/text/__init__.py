@@ -1,1 +1,1 @@
-"""From files, data sets and the standard library to rows of token ids; the README beside this file draws the way."""
+"""From files, data sets and the standard library to rows of token ids; see the README in this folder for the steps."""

@@ -1,4 +1,4 @@
-"""Bytes of files to text: by the byte order mark, else the configured encoding, else strict UTF-8. No guesses."""
+"""Decode files to text: by the byte order mark, else by the configured encoding, else as strict UTF-8. No guessing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HEAD = 4096
-"""Bytes of a file that decide about its encoding."""
-_MARKS = (  # the marks of UTF-32 first: the little-endian one begins with that of UTF-16
+"""Number of bytes at the start of a file from which its encoding is determined."""
+_MARKS = (  # UTF-32 first: its little-endian mark starts with the bytes of UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# Names that stand for "with a byte order mark": without one, Python reads little-endian.
+# Python's names for "with a byte order mark". Where the mark is missing, Python reads little-endian.
 _PLAIN = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le", "utf-32": "utf-32-le"}
 _BLOCK = 2**20
 
@@ -26,21 +26,22 @@ class Codec(NamedTuple):
     """How a file is decoded."""
 
     name: str
-    """Python's name; never one that expects a byte order mark."""
+    """Python's name of the encoding; never one that expects a byte order mark."""
     begin: int
-    """Bytes of the byte order mark, which are no text."""
+    """Length of the byte order mark in bytes; text begins after it."""
 
     @property
     def shown(self) -> str:
-        """The name as messages have it."""
+        """The name as it appears in messages."""
         return self.name.upper() if self.name.startswith("utf") else self.name
 
 
 def codec_of(head: bytes, encoding: str | None, section: str, path: Path) -> Codec:
-    """The codec of a file that begins with `head`.
+    """The codec of a file that begins with the bytes `head`.
 
     Raises:
-        ValueError: no byte order mark, no `encoding` given, and zero bytes as UTF-16 or UTF-32 have them.
+        ValueError: the file has no byte order mark, no `encoding` is given, and its zero bytes look like UTF-16 or
+            UTF-32.
     """
     for mark, name in _MARKS:
         if head.startswith(mark):
@@ -51,32 +52,32 @@ def codec_of(head: bytes, encoding: str | None, section: str, path: Path) -> Cod
     likely = _wide(head)
     if likely is not None:
         raise ValueError(
-            f"{section}.path: {path} looks like {likely.upper()} without a byte order mark (zero bytes, the first at "
-            f"offset {head.index(0)}); name its encoding: {section}.encoding: {likely}, or utf-8 if it is that"
+            f"{section}.path: {path} looks like {likely.upper()} without a byte order mark (it has zero bytes, the "
+            f"first at offset {head.index(0)}); set {section}.encoding: {likely}, or utf-8 if that is correct"
         )
     return Codec("utf-8", 0)
 
 
 def _wide(head: bytes) -> str | None:
-    """UTF-16 or UTF-32 if the zero bytes are where these have them, else None."""
+    """The UTF-16 or UTF-32 variant that the positions of the zero bytes suggest, else None."""
     zeros = [head[place::4].count(0) for place in range(4)]
     total, units = sum(zeros), max(len(head) // 4, 1)
     for name, high in (("utf-32-le", (2, 3)), ("utf-32-be", (0, 1))):
         if len(head) >= 8 and min(zeros[place] for place in high) >= 0.9 * units:
             return name
     even, odd = zeros[0] + zeros[2], zeros[1] + zeros[3]
-    # Text in other alphabets has zeros in spaces and line breaks alone, but always in the same half of each unit.
+    # Non-Latin text has zero bytes only in spaces and line breaks, but always in the same half of each unit.
     if total >= 2 and not (even and odd) and total >= (0.2 if total < 8 else 0.02) * len(head):
         return "utf-16-le" if odd else "utf-16-be"
     return None
 
 
 def open_text(path: Path, encoding: str | None, section: str) -> tuple[io.TextIOWrapper, Codec]:
-    """A text file, opened after its byte order mark; all kinds of line ends are read as line feeds.
+    """Open a text file, positioned after its byte order mark; every kind of line break is read as a line feed.
 
     Raises:
         ValueError: see `codec_of`.
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
     file = path.open("rb")
     try:
@@ -89,15 +90,15 @@ def open_text(path: Path, encoding: str | None, section: str) -> tuple[io.TextIO
 
 
 def undecodable(codec: Codec, section: str, place: str, offset: int, byte: int) -> str:
-    """The message for bytes that are not of the encoding; `offset` counts the file's bytes from 0."""
+    """The message for a byte that is invalid in the encoding; `offset` counts the file's bytes from 0."""
     return (
-        f"{section}.path: {place} is not {codec.shown}: byte 0x{byte:02x} at offset {offset:,}; if it is in another "
-        f"encoding, name it: {section}.encoding, for example cp1252 or utf-16-le"
+        f"{section}.path: {place} is not {codec.shown}: byte 0x{byte:02x} at offset {offset:,}; if the file has "
+        f"another encoding, set {section}.encoding, for example to cp1252 or utf-16-le"
     )
 
 
 def fault_in(path: Path, codec: Codec, section: str) -> str:
-    """The message for the first bytes of a text file that are not of its encoding."""
+    """The message for the first byte of a text file that is invalid in its encoding."""
     decoder: Any = codecs.getincrementaldecoder(codec.name)("strict")
     offset, line = codec.begin, 1
     with path.open("rb") as file:
@@ -117,7 +118,7 @@ def fault_in(path: Path, codec: Codec, section: str) -> str:
 
 
 def byte_lines(file: Any, codec: Codec) -> Iterator[bytes]:
-    """Lines of a binary file from where it stands, each with the bytes of its line break."""
+    """Lines of a binary file from its current position, each including its line break."""
     end = "\n".encode(codec.name)
     if end == b"\n":
         yield from file
@@ -139,9 +140,10 @@ def byte_lines(file: Any, codec: Codec) -> Iterator[bytes]:
 
 
 def surrogate_in(text: str) -> str | None:
-    """What is wrong with text that holds half of a surrogate pair, which is no character; None if nothing."""
+    """Describe the first half of a surrogate pair in a text (not a valid character); None if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return f"half of a surrogate pair ({ascii(text[error.start])[1:-1]}, no character) at character {error.start:,}"
+        found = ascii(text[error.start])[1:-1]
+        return f"half of a surrogate pair ({found}, not a valid character) at character {error.start:,}"
     return None

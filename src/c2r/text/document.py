@@ -1,4 +1,7 @@
-"""A document in one of the forms that sources have, and how a record of a file or data set becomes one."""
+"""Documents in the forms that sources provide, and how a record of a file or data set becomes one.
+
+n tokens of a document.
+"""
 
 from __future__ import annotations
 
@@ -11,58 +14,60 @@ from c2r.config.text import TextSource
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used; the message names the field, the place, what was found and what is accepted."""
+    """A record that cannot be used; the message gives the field, the place, what was found and what is accepted."""
 
 
 class Document(NamedTuple):
-    """A document, or a piece of a long one: pieces follow one another, and all but the last have `more` after them."""
+    """A document, or one piece of a long one. Pieces are consecutive; `more` is true for all but the last."""
 
     form: Literal["text", "chat", "tokens", "bad"]
     content: Any
-    """A string, a list of messages, or token ids `[n]`; of a bad record what is wrong with it."""
+    """A string, a list of messages, or token ids `[n]`; for a bad record, a description of what is wrong with it."""
     mask: Any = None
-    """Of tokens: bool `[n]`, which of them have activations that are used; None: all."""
+    """For token ids: bool `[n]`, the tokens whose activations are used; None: all of them."""
     where: str = ""
-    """Field of the configuration, and place in the source, for errors: `data.tokens_field: corpus.jsonl:7`."""
+    """Field of the configuration and place in the source, for errors: `data.tokens_field: corpus.jsonl:7`."""
     before: str = ""
-    """The end of the preceding piece, without which the first tokens may differ; "" where a document begins."""
+    """The end of the preceding piece, which the first tokens may depend on; "" at the beginning of a document."""
     more: bool = False
     """Whether the document continues in the next piece."""
 
 
 Read = Iterator[tuple[Document, Callable[[], Any]]]
-"""Documents, each with a function that says, until the next is asked for, where the reader stands after it."""
+"""Documents, each with a function that returns the reader's position after it. Call it before requesting the next
+document."""
 
 
 class Reader(Protocol):
-    """Documents in an order fixed by a seed, from any position on."""
+    """Documents in an order fixed by a seed, starting at any position."""
 
     @property
     def identity(self) -> str:
-        """Changes where the source changes so that positions of before mean nothing."""
+        """A string that changes whenever the source changes in a way that makes earlier positions invalid."""
         ...
 
     def read(self, seed: int, start: Any = None) -> Read:
-        """One pass in the order of `seed`, from the position `start` (a JSON value) on. Empty documents are left out.
+        """One pass in the order given by `seed`, starting at position `start` (a JSON value). Empty documents are
+        skipped.
 
         Raises:
-            ValueError: something cannot be read, or is not what the configuration says; names field and place.
+            ValueError: something cannot be read or does not match the configuration; the message gives field and place.
         """
         ...
 
 
 def fields_of(source: TextSource) -> list[str]:
-    """The fields of a record that are read."""
+    """Names of the record fields that the source reads."""
     if source.tokens_field is not None:
         return [source.tokens_field] + ([source.mask_field] if source.mask_field is not None else [])
     return [source.chat_field or source.text_field]
 
 
 def as_document(record: Mapping[str, Any] | BadRecord, place: str, section: str, source: TextSource) -> Document | None:
-    """The document in a record; None for an empty one. A bad record is a document of that form if these are skipped.
+    """The document in a record; None if it is empty. With `bad_records: skip`, a bad record gives a "bad" document.
 
     Raises:
-        BadRecord: the record, or its field, is missing or something else, and bad records are errors.
+        BadRecord: the record or its field is missing or has the wrong type, with `bad_records: error`.
     """
     try:
         if isinstance(record, BadRecord):
@@ -110,7 +115,7 @@ def _tokens(record: Mapping[str, Any], place: str, section: str, field: str, mas
                 + _instead(record, mask_field)
             )
         if len(mask) != len(ids):
-            raise BadRecord(f"{section}.mask_field: {place} has {len(ids)} tokens and a mask of {len(mask)}")
+            raise BadRecord(f"{section}.mask_field: {place} has {len(ids)} tokens but a mask of length {len(mask)}")
         mask = mask.astype(bool)
     return Document("tokens", ids, mask, where) if len(ids) else None
 
@@ -120,7 +125,7 @@ def _whole_numbers(value: Any) -> np.ndarray | None:
         return None
     try:
         array = np.asarray(value)
-    except ValueError:  # lists of several lengths
+    except ValueError:  # nested lists of different lengths
         return None
     if array.size == 0:
         return np.zeros(0, np.int64)
@@ -129,5 +134,5 @@ def _whole_numbers(value: Any) -> np.ndarray | None:
 
 def _instead(record: Mapping[str, Any], field: str) -> str:
     if field in record:
-        return f" but {type(record[field]).__name__}: {record[field]!r:.80}"
-    return f"; it has: {', '.join(map(str, record))}"
+        return f": found {type(record[field]).__name__}: {record[field]!r:.80}"
+    return f"; its fields are: {', '.join(map(str, record))}"

@@ -1,4 +1,4 @@
-"""Documents of local files, read from any position on: text, JSON lines (compressed or not) and Parquet."""
+"""Documents of local files, read from any position: text, JSON lines (optionally compressed) and Parquet."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = ["FileReader", "file_paths", "jsonl_records", "parquet_records", "zstd
 
 
 class FileReader:
-    """Documents of local files: a `.txt` file is one (in pieces if it is long), others hold one per line or row.
+    """Documents of local files: a `.txt` file is one document (in pieces if long), others hold one per line or row.
 
-    The seed shuffles the files; within a file, documents come in their order.
+    The seed shuffles the files; within a file, documents keep their order.
 
     Arguments:
-        section: where the source stands in the configuration.
+        section: section of the configuration that defines the source, for errors.
         source: the source.
         cuts: where long text may be cut; None: nowhere.
 
     Raises:
-        ValueError: see `file_paths`; or text files where the source is to have fields.
+        ValueError: see `file_paths`; or text files although the source reads fields.
     """
 
     def __init__(self, section: str, source: TextSource, cuts: Cuts | None = None) -> None:
@@ -41,11 +41,11 @@ class FileReader:
         self.paths = file_paths(source.path or "", section)
         plain = next((path for path in self.paths if ending(path) == ".txt"), None)
         if plain is not None and (source.chat_field or source.tokens_field):
-            raise ValueError(f"{section}.path: {plain} is plain text; fields need .jsonl or .parquet")
+            raise ValueError(f"{section}.path: {plain} is plain text, without fields; give .jsonl or .parquet files")
 
     @property
     def identity(self) -> str:
-        """The files' contents in their order; see `of_files` for what is read of very large ones.
+        """Digest of the files' contents in order; see `of_files` for how much of very large files is read.
 
         Raises:
             ValueError: a file cannot be read.
@@ -58,8 +58,8 @@ class FileReader:
     def read(self, seed: int, start: Any = None) -> Read:
         """See `Reader`.
 
-        A position is the file's number, lines or rows read of it, and bytes of those lines; within a text file,
-        characters.
+        A position is the index of the file, the number of its lines or rows already read, and the bytes in those lines
+        (within a text file: the characters already read).
         """
         paths = list(self.paths)
         random.Random(seed).shuffle(paths)
@@ -74,7 +74,7 @@ class FileReader:
             done = at = 0
 
     def openings(self) -> Iterator[Document]:
-        """The documents in the order of seed 0, of long text files the first piece alone."""
+        """The documents in the order of seed 0; of each text file only its beginning, one piece long."""
         paths = list(self.paths)
         random.Random(0).shuffle(paths)
         for path in paths:
@@ -84,7 +84,7 @@ class FileReader:
                 yield from (document for document, _ in self._records(path, 0, 0))
 
     def _records(self, path: Path, done: int, byte: int) -> Iterator[tuple[Document, tuple[int, int]]]:
-        """Documents of a file of records, each with the lines or rows read up to its end and bytes of those lines."""
+        """Documents of a file of records, each with the number of lines or rows up to its end, and their bytes."""
         if ending(path) == ".parquet":
             rows = parquet_records(path, fields_of(self.source), done, self.section)
             read = ((f"{path}, row {row}", record, (row + 1, 0)) for row, record in rows)
@@ -97,7 +97,7 @@ class FileReader:
                 yield document, after
 
     def _text(self, path: Path, skip: int, most: int | None = None) -> Iterator[tuple[Document, int]]:
-        """The pieces of a text file from a character on, or its first `most` characters."""
+        """The pieces of a text file after `skip` characters, or only its first `most` characters."""
         where = f"{self.section}.path: {path}"
         try:
             file, codec = open_text(path, self.source.encoding, self.section)
@@ -119,7 +119,7 @@ class FileReader:
 
 
 def jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a `.jsonl` file, each with where it stands (`file:line`).
+    """The objects in a `.jsonl` file, each with its place (`file:line`).
 
     Raises:
         ValueError: a line is not a JSON object, or the file cannot be read.
@@ -133,7 +133,7 @@ def jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def parquet_records(
     path: Path, columns: list[str], start: int = 0, section: str = "data"
 ) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
-    """Rows from number `start` on, or what is wrong with them, each with its number; row groups before are not read.
+    """Rows from number `start`, each with its number (a `BadRecord` if unusable). Earlier row groups are not read.
 
     Raises:
         ValueError: the file is damaged or lacks a column.
@@ -160,7 +160,7 @@ def parquet_records(
     except _MissingColumn as error:
         raise ValueError(f"{section}: {error}") from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{section}.path: {path} cannot be read from row {row} on: {error}") from error
+        raise ValueError(f"{section}.path: {path} cannot be read from row {row} onwards: {error}") from error
 
 
 class _MissingColumn(Exception):
@@ -168,7 +168,7 @@ class _MissingColumn(Exception):
 
 
 def _rows(batch: Any, path: Path, first: int, section: str) -> list[Any]:
-    """The batch's rows; strings in it may be no text."""
+    """The batch's rows; a row with a string that is not UTF-8 becomes a `BadRecord`."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:
@@ -180,9 +180,9 @@ def _rows(batch: Any, path: Path, first: int, section: str) -> list[Any]:
 def _records(
     path: Path, done: int = 0, byte: int = 0, section: str = "data", encoding: str | None = None
 ) -> Iterator[tuple[int, int, dict[str, Any] | BadRecord]]:
-    """Objects after the first `done` lines, which are `byte` bytes: line number, bytes up to its end, object.
+    """Objects after the first `done` lines (`byte` bytes): line number, bytes up to the end of the line, object.
 
-    Where a line holds none, what is wrong with it.
+    A line without a usable object gives a `BadRecord`.
     """
     for line, end, written, codec in _lines(path, done, byte, section, encoding):
         place, record = f"{section}.path: {path}:{line}", None
@@ -196,10 +196,10 @@ def _records(
             record = BadRecord(undecodable(codec, section, f"{path}:{line}", offset, wrong))
         except json.JSONDecodeError as error:
             record = BadRecord(f"{place} is not JSON ({error.msg} at character {error.pos})")
-        except (ValueError, RecursionError) as error:  # numbers of too many digits, too many brackets
-            record = BadRecord(f"{place} is not JSON that can be read ({error})")
+        except (ValueError, RecursionError) as error:  # numbers with too many digits, or too deep nesting
+            record = BadRecord(f"{place} cannot be parsed as JSON ({error})")
         if not isinstance(record, dict | BadRecord):
-            record = BadRecord(f"{place} is not an object but {type(record).__name__}")
+            record = BadRecord(f"{place}: expected a JSON object; found {type(record).__name__}")
         yield line, end, record
 
 
@@ -222,7 +222,7 @@ def _lines(
 
 
 def zstd_module() -> Any:
-    """The standard library's, or before Python 3.14 its backport."""
+    """The standard library's `zstd` module or, before Python 3.14, its backport."""
     if sys.version_info >= (3, 14):
         from compression import zstd
     else:

@@ -1,4 +1,4 @@
-"""A share of a source's documents that training leaves to evaluations, chosen by what is in them."""
+"""Hold out a share of a source's documents from training, for evaluation; each document's content decides."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from c2r.text.document import Document, Read, Reader
 from c2r.text.pieces import PIECE
 
 LEAST = 4
-"""Distinct documents that each part must have; otherwise both are the whole source."""
+"""Minimum number of distinct documents in each part; with fewer, the source is not split."""
 
 
 class HeldOut:
-    """One of the two parts of another reader's documents.
+    """The training part or the held-out part of another reader's documents.
 
-    Which part a document is in follows from its content (its first 65,536 characters) alone, so that neither the order
-    nor the file it stands in matters, and copies of a document are in one part.
+    Only a document's content (its first 65,536 characters) decides its part. Order and file do not matter, and copies
+    of a document end up in the same part.
 
     Arguments:
-        reader: of all documents.
-        share: of the documents that training leaves out.
-        held_out: the part to read: that share, or the rest.
-        openings: gives all documents for a look at what they are; of long ones the beginning is enough.
+        reader: reads all documents.
+        share: fraction of the documents held out from training.
+        held_out: read the held-out part (true) or the rest (false).
+        openings: returns all documents, to count them; for long ones the beginning is enough. None: use `reader`.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class HeldOut:
 
     @property
     def identity(self) -> str:
-        """The reader's, and the part."""
+        """The reader's identity and the part."""
         part = f", {'the' if self.held_out else 'without the'} {self.share} held out" if self.kept else ""
         return f"{self.reader.identity}{part}"
 
     @cached_property
     def kept(self) -> bool:
-        """Whether there are enough documents for two parts.
+        """Whether the source has enough documents to be split.
 
         Raises:
             ValueError: see `Reader.read`.
@@ -65,8 +65,8 @@ class HeldOut:
         return False
 
     def read(self, seed: int, start: Any = None) -> Read:
-        """See `Reader`; positions are the reader's own."""
-        mine = True  # a position within a document is in one of this part
+        """See `Reader`; positions are those of the underlying reader."""
+        mine = True  # if `start` is inside a document, that document is in this part
         for document, position in self.reader.read(seed, start):
             if self.kept and not document.before and document.form != "bad":
                 mine = (place_of(document) < self.share) == self.held_out
@@ -75,7 +75,7 @@ class HeldOut:
 
 
 def place_of(document: Document) -> float:
-    """A number from 0 to 1 that follows from the document's content."""
+    """Hash of the document's content, as a number from 0 to 1."""
     if document.form == "tokens":
         content = np.ascontiguousarray(document.content, np.int64).tobytes()
     elif document.form == "chat":

@@ -1,4 +1,4 @@
-"""`datasets` data sets, streamed or local, from the Hub or a folder, read from any position on."""
+"""Data sets of the `datasets` library, streamed or local, from the Hub or a folder, read from any position."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from c2r.identity import of_files
 from c2r.text.document import Read, as_document, fields_of
 from c2r.text.paths import expanded
 
-_BATCH = 64  # rows of a local data set that are fetched at once
+_BATCH = 64  # rows of a local data set fetched at once
 
 
 class DataSetReader:
     """Documents of a `datasets` data set: a Hub id, a folder of data files, or a folder made by `save_to_disk`.
 
-    A streamed data set's shards are shuffled by the seed, and records come in their order within a shard; a local one
-    (`streaming: false`) is shuffled as a whole.
+    For a streamed data set the seed shuffles the shards, and records keep their order within a shard. A local one
+    (`streaming: false`) is shuffled completely.
     """
 
     def __init__(self, section: str, source: TextSource) -> None:
@@ -35,13 +35,13 @@ class DataSetReader:
         """The data set.
 
         Raises:
-            ValueError: it cannot be opened, or has no such field.
+            ValueError: the data set cannot be opened, or lacks a configured field.
         """
         source = self.source
         data = open_data_set(
             source.path or "", source.split, source.name, source.revision, source.streaming, self.section
         )
-        names = data.column_names  # None where streaming has to read records to know
+        names = data.column_names  # None if unknown before records are streamed
         for field in fields_of(source) if names else ():
             if field not in names:
                 form = next(key for key in ("text_field", "chat_field", "tokens_field", "mask_field")
@@ -53,10 +53,10 @@ class DataSetReader:
 
     @property
     def identity(self) -> str:
-        """The contents of a local data set's files; of one on the Hub, the commit that its revision stands for.
+        """Digest of a local data set's files; for one on the Hub, the commit that its revision resolves to.
 
         Raises:
-            ValueError: it cannot be opened or read.
+            ValueError: the data set cannot be opened or read.
         """
         source, size = self.source, "" if self.source.streaming else f", {len(self.data)} rows"
         try:
@@ -66,7 +66,7 @@ class DataSetReader:
         return f"{source.name or 'default'}, split {source.split}{size}: {found}"
 
     def read(self, seed: int, start: Any = None) -> Read:
-        """See `Reader`; a position is the shard's number and its `state_dict`, or the number of rows read."""
+        """See `Reader`; a position is a shard's index and `state_dict` or, for a local data set, the rows read."""
         records = self._streamed(seed, start) if self.source.streaming else self._rows(seed, start or 0)
         for place, record, position in records:
             document = as_document(record, place, self.section, self.source)
@@ -87,9 +87,9 @@ class DataSetReader:
                 place = f"{self.source.path}, shard {index}"
                 try:
                     record = next(records, None)
-                except Exception as error:  # datasets raises many kinds: of the network, of formats, of codecs
+                except Exception as error:  # datasets raises many types: network, format, codec
                     raise ValueError(
-                        f"{self.section}.path: cannot read on in {place}, {read} records on: {error}"
+                        f"{self.section}.path: cannot continue in {place} after {read} more records: {error}"
                     ) from error
                 if record is None:
                     break
@@ -97,7 +97,7 @@ class DataSetReader:
                 yield place, record, lambda number=number, shard=shard: [number, shard.state_dict()]
 
     def _rows(self, seed: int, start: int) -> Iterator[tuple[str, dict[str, Any], Callable[[], Any]]]:
-        # RandomState, as numpy promises that its numbers never change.
+        # NumPy guarantees that RandomState's numbers never change between versions.
         order = np.random.RandomState(seed % 2**32).permutation(len(self.data))
         for first in range(start, len(order), _BATCH):
             rows = order[first : first + _BATCH]
@@ -120,10 +120,10 @@ def open_data_set(
     streaming: bool = True,
     section: str = "data",
 ) -> Any:
-    """One split of a data set, an `IterableDataset` where `streaming`, else a `Dataset`.
+    """One split of a data set: an `IterableDataset` if `streaming`, else a `Dataset`.
 
     Raises:
-        ValueError: it cannot be opened.
+        ValueError: the data set cannot be opened.
     """
     import datasets
 
@@ -134,10 +134,10 @@ def open_data_set(
         saved = datasets.load_from_disk(path)
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
-                raise ValueError(f"it has the splits {', '.join(map(str, saved))}")
+                raise ValueError(f"its splits are {', '.join(map(str, saved))}")
             saved = saved[split]
         return saved.to_iterable_dataset() if streaming else saved
-    except Exception as error:  # datasets raises many kinds; all of them mean that the configuration is off
+    except Exception as error:  # datasets raises many types; all of them mean that the configuration is wrong
         raise ValueError(f"{section}.path: cannot open data set {path!r}, split {split!r}: {error}") from error
 
 
@@ -152,7 +152,7 @@ def _contents(path: str, split: str, name: str | None, revision: str | None) -> 
 
 
 def _origin(path: str, split: str, name: str | None, revision: str | None) -> str:
-    """What the files of a split are: by their contents where they lie here, else by the commit or tag of each."""
+    """Identity of the files of a split: their contents if they are local, else the commit or tag of each."""
     import datasets
 
     try:
@@ -173,11 +173,11 @@ def _origin(path: str, split: str, name: str | None, revision: str | None) -> st
 
 
 _origin_on_the_hub = lru_cache(_origin)
-"""A process asks once, so that what it reads is what it recorded."""
+"""Asked once per process, so that the data read is the revision recorded."""
 
 
 def hf_records(path: str, split: str, name: str | None = None, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Records of a data set, streamed, lightly shuffled.
+    """Records of a streamed data set, shuffled in a small buffer.
 
     Raises:
         ValueError: the data set cannot be opened.

@@ -1,4 +1,4 @@
-"""Encoded documents of several sources and of spelling lists in turn, by their shares of the tokens."""
+"""Interleave encoded documents of several sources and spelling lists so that each gets its share of the tokens."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MIXER_START: Position = {"tokens": [], "spelled": 0, "lists": None, "open": None
 
 
 class Skipped:
-    """Records that were skipped because they cannot be used (`bad_records: skip`), counted over all passes.
+    """Count of the records skipped because they cannot be used (`bad_records: skip`), over all passes.
 
-    Resumed, a reader goes on from the count at its position, so that none is counted twice.
+    A resumed reader continues from the count stored in its position, so no record is counted twice.
 
     Arguments:
-        say: is given the first one's message as soon as it is met.
+        say: called once, with a message about the first skipped record.
     """
 
     def __init__(self, say: Callable[[str], Any] | None = None) -> None:
@@ -30,26 +30,26 @@ class Skipped:
 
     @property
     def count(self) -> int:
-        """How many, read ahead ones included."""
+        """Number of records skipped, including those in text that was read ahead."""
         return sum(part.skipped for part in self.parts)
 
     @property
     def report(self) -> str | None:
-        """The count in a sentence; None where nothing was skipped."""
-        return f"bad records of the text that were skipped: {self.count:,}" if self.count else None
+        """The count as a line for the console; None if nothing was skipped."""
+        return f"bad records skipped: {self.count:,}" if self.count else None
 
     def add(self, message: str) -> None:
-        """Report one, if it is the first."""
+        """Report a skipped record if it is the first."""
         if self.say is not None and not self._said:
             self._said = True
-            self.say(f"skipped a bad record: {message}; further ones are counted")
+            self.say(f"skipped a bad record: {message}; further bad records are only counted")
 
 
 class Part:
     """The encoded documents of one source, pass after pass.
 
-    `state`, the position before the next document: passes made, position in the present one, whether that had a real
-    token so far, and records skipped in all passes.
+    `state` is the position before the next document: completed passes, position in the current pass, whether that pass
+    has had a real token so far, and records skipped in all passes.
     """
 
     def __init__(
@@ -66,20 +66,20 @@ class Part:
         self.section, self.source, self.reader, self.encoder = section, source, reader, encoder
         self.seed, self.shard = seed, shard
         self.weight = source.weight if isinstance(source, MixturePart) else 1.0
-        self.passes, self._at, self._real, self.skipped = (*state, 0)[:4]  # positions of before have three
+        self.passes, self._at, self._real, self.skipped = (*state, 0)[:4]  # old positions have three entries
         self._skipped = skipped or Skipped()
         self._documents: Iterator[tuple[Encoded, Any]] | None = None
 
     @property
     def state(self) -> list[Any]:
-        """Where the part goes on."""
+        """Position from which the part continues."""
         return [self.passes, self._at, self._real, self.skipped]
 
     def next(self) -> Encoded | None:
-        """The next document, or the next piece of one; None where a pass ends.
+        """The next document, or the next piece of one; None at the end of a pass.
 
         Raises:
-            ValueError: a bad record that is not to be skipped, or a pass without a real token.
+            ValueError: a bad record with `bad_records: error`, or a pass without any real token.
         """
         if self._documents is None:
             documents = read_shard(self.reader, self.seed + self.passes, self.shard, self._at)
@@ -93,7 +93,7 @@ class Part:
                 raise ValueError(encoded.bad)
             self.skipped += 1
             self._skipped.add(encoded.bad)
-        if not self._real:  # also if every token is special: rows without end would hold nothing to learn from
+        if not self._real:  # also if every token is special: otherwise passes would repeat forever without data
             of = "" if self.shard[1] == 1 else f" in shard {self.shard[0]} of {self.shard[1]}"
             bad = f"; {self.skipped:,} records were skipped" if self.skipped else ""
             raise ValueError(f"{no_text(self.section, self.source)}{of}; nothing to train on{bad}")
@@ -102,7 +102,9 @@ class Part:
 
 
 class Mixer:
-    """Documents of all parts and spelling lists in turn, so that shares of tokens are kept as closely as can be."""
+    """Interleaves the documents of all parts and the spelling lists, keeping to their token shares as closely as
+    possible.
+    """
 
     def __init__(
         self, parts: list[Part], lists: Iterator[tuple[Encoded, Any]] | None, share: float, at: Position
@@ -110,14 +112,14 @@ class Mixer:
         self.parts, self.lists, self.share = parts, lists, share
         self.tokens, self.spelled, self._lists_at = list(at["tokens"]) or [0] * len(parts), at["spelled"], at["lists"]
         self._open: int | None = at.get("open")
-        """The part whose document is not at its end; nothing comes in between its pieces."""
+        """Index of the part whose current document has more pieces; they are served without interruption."""
 
     def reset(self) -> None:
-        """Count shares from here on."""
+        """Restart the counts from which shares are computed."""
         self.tokens, self.spelled = [0] * len(self.parts), 0
 
     def until(self, last: int | None) -> Iterator[tuple[Position, Encoded]]:
-        """Documents until every part has made `last` passes (None: without end), with the position before each."""
+        """Documents until every part has completed `last` passes (None: forever), each with the position before it."""
         while True:
             before = {
                 "parts": [part.state for part in self.parts],

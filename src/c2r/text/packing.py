@@ -1,4 +1,4 @@
-"""Documents packed into rows of token ids: every token once, none lost, in an order fixed by the seed.
+"""Documents packed into rows of token ids: every token exactly once per pass, in an order fixed by the seed.
 
 R rows · T positions in a context.
 """
@@ -37,12 +37,12 @@ class Rows(NamedTuple):
     """A batch of packed rows."""
 
     ids: Tensor
-    """Token ids `[R, T]`; a row opens with BOS as `data.prepend_bos` says, and the last may end in padding."""
+    """Token ids `[R, T]`; rows begin with BOS according to `data.prepend_bos`, and the last may end in padding."""
     real: Tensor
-    """Bool `[R, T]`: tokens whose activations are used; neither padding nor any special token."""
+    """Bool `[R, T]`: tokens whose activations are used; false for padding and special tokens."""
     position: Position | None = None
-    """Where the reader stood before these rows, as JSON holds it: the reader that gave them goes on with them from it
-    (`packed_rows(..., start=position)`, or `shuffled_rows`). None for rows that do not come from such a reader."""
+    """The reader's position before these rows, JSON-serializable. Started from it, the same kind of reader yields these
+    rows again (`packed_rows(..., start=position)` or `shuffled_rows`). None for rows from elsewhere."""
 
 
 def packed_rows(
@@ -60,27 +60,27 @@ def packed_rows(
 ) -> Iterator[Rows]:
     """Batches of up to `rows` rows of `config.context` tokens.
 
-    Documents are joined, EOS between them, and cut into rows; spelling lists come in between until they make up
-    `config.spelling_fraction` of the tokens. With `config.rows: as_is` each document is a row instead, cut or padded.
-    An epoch is one pass over the source, in an order of its own, its end padded; None never ends. The parts of
-    a mixture make their passes each by itself; a mixture ends when every part has made `epochs` of them.
+    Documents are concatenated with EOS between them and cut into rows. Spelling lists are interleaved so that they make
+    up `config.spelling_fraction` of the tokens. With `config.rows: as_is` each document is its own row, cut or padded.
+    An epoch is one pass over the source in an order of its own; its last row is padded. The parts of a mixture make
+    their passes independently, and a mixture ends when every part has completed `epochs` passes.
 
     Arguments:
         config: the text.
-        tokenizer: of the language model.
-        seed: of the order.
-        rows: R, of a batch.
-        held_out: whether to read what is kept for evaluation, where the source keeps something.
-        epochs: passes, or None.
-        start: position of earlier rows: goes on with exactly those, whatever `rows` was. Of what was read before
-            nothing is tokenised again but the document that the first row begins in.
-        shard: index and count of readers that share the documents.
-        skipped: counts records that are skipped.
-        embeddings: rows of the model's embeddings; None leaves ids unchecked.
+        tokenizer: tokenizer of the language model.
+        seed: seed of the order.
+        rows: R, the rows per batch.
+        held_out: read the part held out for evaluation, if the source has one.
+        epochs: number of passes; None: endless.
+        start: `position` of earlier rows, from which to resume with exactly those rows, even if `rows` differs. Of the
+            text before it, only the document in which the first row begins is tokenised again.
+        shard: (index, count) of the readers that divide the documents among themselves.
+        skipped: counts the records that are skipped.
+        embeddings: number of rows of the model's embedding matrix; None: ids are not checked.
 
     Raises:
-        ValueError: the source has no text; it does not fit the tokenizer, or its ids the embeddings; `words` > 0 and
-            the tokenizer knows too few whole words; or `start` is a position in other text.
+        ValueError: the source has no text; it does not match the tokenizer, or its ids exceed the embeddings;
+            `spelling_fraction` > 0 and the tokenizer has too few whole words; or `start` is a position in other text.
     """
     encode = Encode(config, tokenizer, embeddings)
     known = (start or {}).get("kept", [None] * len(config.sections))
@@ -90,7 +90,7 @@ def packed_rows(
     }
     lists = _spelling_lists(config, tokenizer)
     if not 0 <= shard[0] < shard[1]:
-        raise ValueError(f"shard: got {shard}; accepted are an index and a count, 0 ≤ index < count")
+        raise ValueError(f"shard: got {shard}; accepted: (index, count) with 0 ≤ index < count")
 
     def read() -> Iterator[Rows]:
         text: Position = {"seed": seed, "shard": list(shard), "text": [reader.identity for reader in readers.values()]}
@@ -107,7 +107,7 @@ def packed_rows(
             if skipped is not None:
                 skipped.parts = parts
             spelling = None
-            if lists is not None:  # evaluation sees other lists than training, as it sees other files
+            if lists is not None:  # evaluation reads different lists than training, just as it reads different files
                 spelling = encoder.encoded(
                     read_shard(lists, seed + 1_000_003 if held_out else seed, shard, at["lists"])
                 )
@@ -129,7 +129,7 @@ def packed_rows(
 
 
 def pass_of(position: Position | None) -> int | None:
-    """Which pass over the source rows of `packed_rows` are of, by their position; None for a mixture."""
+    """The pass over the source to which rows of `packed_rows` belong, by their position; None for a mixture."""
     parts = [] if position is None else position["parts"]
     return parts[0][0] if len(parts) == 1 else None
 
@@ -142,7 +142,7 @@ def _cut(
     rows: int,
     text: Position,
 ) -> Iterator[Rows]:
-    """Rows of the documents' tokens, without the `skip` first tokens of the first."""
+    """Rows of the documents' concatenated tokens, without the first `skip` tokens of the first document."""
     bos = encode.bos
     opening = 0 if bos is None else 1
     room = context - opening
@@ -185,7 +185,7 @@ def _cut(
 def _as_is(
     documents: Iterator[tuple[Position, Encoded]], encode: Encode, context: int, rows: int, text: Position
 ) -> Iterator[Rows]:
-    """A document a row."""
+    """One row per document."""
     while batch := list(itertools.islice(documents, rows)):
         ids = np.full((len(batch), context), _filler(encode.tokenizer), np.int64)
         real = np.zeros(ids.shape, bool)
@@ -196,7 +196,7 @@ def _as_is(
 
 
 def _filler(tokenizer: Any) -> int:
-    """What fills up a row."""
+    """The token id used for padding."""
     named = (getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos"))
     return next((index for index in named if index is not None), 0)
 
@@ -204,7 +204,7 @@ def _filler(tokenizer: Any) -> int:
 def _check_start(text: Position, start: Position) -> None:
     for key, value in text.items():
         if start.get(key) != value:
-            raise ValueError(f"data: cannot go on with the text: its {key} was {start.get(key)}, and is {value} now")
+            raise ValueError(f"data: cannot resume reading: the {key} was {start.get(key)} and is now {value}")
 
 
 def text_rows(
@@ -216,9 +216,9 @@ def text_rows(
     prepend_bos: bool | None = None,
     parse_special_tokens: bool = False,
 ) -> Iterator[Rows]:
-    """Batches of up to `rows` texts in their order, one per row, which is cut to `context`, or padded.
+    """Batches of up to `rows` texts in their order, one text per row, cut to `context` or padded.
 
-    `prepend_bos` and `parse_special_tokens` are those of `DataConfig`.
+    `prepend_bos` and `parse_special_tokens` have the same meaning as in `DataConfig`.
     """
     bos = bos_of(tokenizer, prepend_bos)
     opening = [] if bos is None else [bos]
@@ -235,7 +235,7 @@ def text_rows(
 
 
 def _spelling_lists(config: DataConfig, tokenizer: Any) -> SpellingLists | None:
-    """The spelling lists that `config.spelling_fraction` asks for.
+    """The spelling lists, if `config.spelling_fraction` > 0.
 
     Raises:
         ValueError: the tokenizer has fewer than 200 whole words.
@@ -246,6 +246,6 @@ def _spelling_lists(config: DataConfig, tokenizer: Any) -> SpellingLists | None:
     if len(words) < 200:
         raise ValueError(
             f"data.spelling_fraction: got {config.spelling_fraction}, but the tokenizer has only {len(words)} "
-            "whole words; use spelling_fraction: 0"
+            "whole words (at least 200 are needed); use spelling_fraction: 0"
         )
     return SpellingLists(words)

@@ -1,4 +1,4 @@
-"""Which files a path, a folder or a glob names."""
+"""Resolve a path, a folder or a glob to files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _ACCEPTED = f"{', '.join(ENDINGS[:-1])} and {ENDINGS[-1]}"
 
 
 def file_paths(pattern: str, section: str = "data") -> list[Path]:
-    """The files that a path, a folder (files with other endings are skipped) or a glob names, sorted.
+    """The files given by a path, a folder (files with other endings are skipped) or a glob, sorted.
 
     Raises:
-        ValueError: nothing matches, a file has an ending that is not read, or it or a folder cannot be read.
+        ValueError: nothing matches, a file has an unsupported ending, or a file or folder cannot be read.
     """
     given = expanded(pattern)
     if given.is_dir():
@@ -28,17 +28,17 @@ def file_paths(pattern: str, section: str = "data") -> list[Path]:
         if not ending(path):
             raise ValueError(f"{section}.path: {path} ends in {path.suffix!r}; accepted are {_ACCEPTED}")
         if not path.exists():
-            raise ValueError(f"{section}.path: {path} is a link to something that is not there")
+            raise ValueError(f"{section}.path: {path} is a broken symbolic link; give an existing file")
         if not os.access(path, os.R_OK):
             raise ValueError(f"{section}.path: {path} cannot be read: permission denied")
     return sorted(found)
 
 
 def matching(pattern: str) -> list[Path]:
-    """The file of that very name, or else the files that a glob names, sorted; folders are left out.
+    """The file with exactly that name or, if there is none, the files matching the glob, sorted, without folders.
 
-    Folders of the pattern that exist are taken by their names, whatever signs these have; `[` stands for itself where
-    it matches nothing as a set of characters.
+    Leading folders of the pattern that exist are taken literally, whatever characters they contain. `[` is taken
+    literally if the pattern matches nothing with it as a character set.
     """
     given = expanded(pattern)
     if given.exists() or given.is_symlink():
@@ -56,23 +56,23 @@ def matching(pattern: str) -> list[Path]:
 
 
 def expanded(pattern: str) -> Path:
-    """The path, `~` at its beginning replaced by the home folder, except where something has that very name."""
+    """The path with a leading `~` replaced by the home folder, unless a file or folder has exactly the given name."""
     path = Path(pattern)
     if pattern.startswith("~") and not path.exists():
         try:
             return path.expanduser()
-        except RuntimeError:  # nobody of that name
+        except RuntimeError:  # no such user
             return path
     return path
 
 
 def ending(path: Path) -> str | None:
-    """Which of the accepted endings a file has, in lower case."""
+    """The file's ending in lower case if it is an accepted one, else None."""
     return next((end for end in sorted(ENDINGS, key=len, reverse=True) if path.name.lower().endswith(end)), None)
 
 
 def _walk(folder: Path, section: str) -> Iterator[Path]:
-    """Files below a folder, through links too, each folder once."""
+    """All files below a folder, following links; each folder is visited once."""
 
     def refuse(error: OSError) -> None:
         raise ValueError(f"{section}.path: {error.filename} cannot be read: {error.strerror}") from error

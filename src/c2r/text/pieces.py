@@ -1,12 +1,11 @@
-"""Long text in pieces whose tokens are those of the whole, so that a book or a corpus in one file needs little memory.
+"""Cut long text into pieces that tokenize exactly like the whole, so that a book or a large file needs little memory.
 
-Text is cut only between a letter and a space or line break that a letter follows, or after a line break that a letter
-follows; only if no entry of the vocabulary has two such characters side by side, so that no token can span the cut;
-and only for tokenizers whose parts are known to look at a few characters at a time. Then no merge of byte-pair encoding
-ever joins the two sides, so each develops as it would alone, and the best path of a unigram model passes through the
-cut. What a tokenizer does at the beginning of a text (SentencePiece puts a space there) is undone by encoding each
-piece together with the end of the preceding one, whose tokens are then dropped. At each cut this is checked on the
-text around it.
+Text is cut only between a letter and a space or line break followed by a letter, or after a line break followed by a
+letter; only if no vocabulary entry contains two such characters side by side, so that no token can span the cut; and
+only for tokenizers whose components are known to look at a few characters at a time. Then byte-pair encoding never
+merges across the cut, so both sides are tokenized independently, and the best path of a unigram model passes through
+the cut. Special treatment of the beginning of a text (SentencePiece inserts a space) is undone by encoding each piece
+together with the end of the preceding one, whose tokens are then dropped. Each cut is checked on the text around it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 PIECE, BEFORE = 65_536, 64
-"""Characters of a piece, at least, and of the piece before it that are given with it."""
+"""Minimum length of a piece, and length of the preceding text that is kept with it, in characters."""
 _STEP, _NEAR, _TRIES = 4096, 8, 16
 _NORMALIZERS = {
     "Sequence", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "StripAccents", "Strip", "Replace", "Prepend",
@@ -28,27 +27,28 @@ _SPLITTERS = {
     "BertPreTokenizer", "CharDelimiterSplit",
 }  # fmt: skip
 _WORDS = {"Metaspace", "Whitespace", "WhitespaceSplit", "BertPreTokenizer"}
-"""Those that end each pre-token at a space."""
+"""Pre-tokenizers that end each pre-token at a space."""
 
 
 class Piece(NamedTuple):
     """Consecutive characters of a text."""
 
     before: str
-    """The end of the text before it; "" at the beginning."""
+    """The end of the preceding text; "" at the beginning."""
     text: str
     end: int
-    """Characters of the text up to its end."""
+    """Number of characters in the text up to the end of this piece."""
     more: bool
-    """Whether others follow."""
+    """Whether more pieces follow."""
 
 
 class Cuts:
-    """Where text can be cut so that a tokenizer gives the pieces the tokens of the whole.
+    """Finds places where text can be cut so that its pieces get the same tokens as the whole text.
 
     Arguments:
-        tokenizer: of the language model. One whose parts are not known (such as one in Python) gets its text whole.
-        encode: text to token ids, nothing added.
+        tokenizer: tokenizer of the language model. Text is never cut for tokenizers with unknown components (such as
+            those written in Python).
+        encode: maps text to token ids without adding special tokens.
     """
 
     def __init__(self, tokenizer: Any, encode: Callable[[str], list[int]]) -> None:
@@ -58,11 +58,11 @@ class Cuts:
 
     @property
     def possible(self) -> bool:
-        """Whether there is any such place."""
+        """Whether text can be cut at all for this tokenizer."""
         return self._pattern is not None
 
     def find(self, text: str, start: int, stop: int) -> int | None:
-        """The first place from `start` on, before `stop`, after which a piece may begin; None if there is none."""
+        """The first place in `text[start:stop]` where a new piece may begin; None if there is none."""
         if self._pattern is None:
             return None
         for tried, match in enumerate(self._pattern.finditer(text, start, stop)):
@@ -73,7 +73,9 @@ class Cuts:
         return None
 
     def _holds(self, text: str, cut: int) -> bool:
-        """Whether the tokens after a cut follow those before it, and do not depend on how much of these is given."""
+        """Whether the tokens before a cut are unchanged by the text after it, and those after it do not depend on how
+        much preceding text is given.
+        """
         after, found = text[cut : cut + BEFORE], []
         for length in (BEFORE, _NEAR):
             before = text[cut - length : cut]
@@ -85,13 +87,13 @@ class Cuts:
 
 
 def pieces(read: Callable[[int], str], cuts: Cuts | None, skip: int = 0) -> Iterator[Piece]:
-    """The pieces of a text, from character `skip` on, where an earlier piece ended.
+    """The pieces of a text, starting at character `skip`, where an earlier piece ended.
 
-    Where a piece ends depends on the text after its beginning alone, so that the same pieces come again.
+    The end of a piece depends only on the text after its beginning, so resuming gives the same pieces.
 
     Arguments:
-        read: the next characters, as many as are asked for, fewer at the end of the text.
-        cuts: None: the text is one piece.
+        read: returns the next characters, as many as requested; fewer at the end of the text.
+        cuts: where the text can be cut; None: the text is one piece.
     """
     before, end = "", 0
     while end < skip and (text := read(min(PIECE, skip - end))):
@@ -122,7 +124,7 @@ def pieces(read: Callable[[int], str], cuts: Cuts | None, skip: int = 0) -> Iter
 
 
 def characters(text: str) -> Callable[[int], str]:
-    """A function that reads a string that is there already."""
+    """A `read` function (see `pieces`) over a string."""
     at = 0
 
     def read(count: int) -> str:
@@ -134,19 +136,19 @@ def characters(text: str) -> Callable[[int], str]:
 
 
 def _places(tokenizer: Any) -> list[str]:
-    """Patterns of what stands before a cut, with what must follow; none where nothing is known for sure."""
+    """Regular expressions that match up to a cut, with a lookahead; empty if no cut is known to be safe."""
     inner = getattr(tokenizer, "backend_tokenizer", None)
     try:
         normalizers, splitters = (_types(getattr(inner, part)) for part in ("normalizer", "pre_tokenizer"))
         model = type(inner.model).__name__ if inner is not None else ""
         dropout = getattr(inner.model, "dropout", None) if inner is not None else None
-    except Exception:  # parts written in Python cannot be looked into, and say so with many kinds of errors
+    except Exception:  # components written in Python cannot be inspected; they raise many types of errors
         return []
     if not set(normalizers) <= _NORMALIZERS or not set(splitters) <= _SPLITTERS or dropout:
         return []
     if model != "BPE" and not (model in ("Unigram", "WordPiece", "WordLevel") and _splits_words(splitters)):
         return []
-    # As the vocabulary writes them: byte-level tokenizers have a character per byte, SentencePiece has ▁ for a space.
+    # As written in the vocabulary: byte-level tokenizers use one character per byte, SentencePiece ▁ for a space.
     if "ByteLevel" in splitters:
         letter, blank, line = "(?![ĠĊčĉ])[A-Za-z\u00a1-\u0143]", "Ġ", "Ċ"
     else:
@@ -165,7 +167,7 @@ def _places(tokenizer: Any) -> list[str]:
 
 
 def _types(part: Any) -> dict[str, Any]:
-    """The types of which a normalizer or pre-tokenizer is made, with their settings."""
+    """Types of the components of a normalizer or pre-tokenizer, with their settings."""
     if part is None:
         return {}
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Rows of text shuffled before a model reads them: token ids are small, so that this window can be long.
+"""Shuffle rows of text before a model reads them. Token ids are small, so this window can be long.
 
 R rows · T positions in a context.
 """
@@ -19,25 +19,25 @@ from c2r.text.packing import Rows, pass_of
 def shuffled_rows(
     read: Callable[[Any], Iterator[Rows]], tokens: int, *, rows: int, seed: int = 0
 ) -> Callable[[Any], Iterator[Rows]]:
-    """A reader of the same rows, in windows of `tokens` tokens of which each is served in an order of its own.
+    """A reader of the same rows, shuffled within windows of `tokens` tokens.
 
-    A document is many rows, and a window of activations holds few documents: without this, a batch is of few subjects
-    and what comes next is of others. A window ends where a pass over the source does (a mixture's parts have no common
-    one), so that every row comes once before any comes again. The order depends on the seed and the window alone, so a
-    position is where the window begins in the text and how many of its rows were served. The next window is read while
-    one is served.
+    A document spans many rows, and a window of activations holds few documents. Without this shuffle, a batch covers
+    few subjects, and the following batches cover others. A window ends with each pass over the source, so that every
+    row is served once before any is served again (not for a mixture, whose parts have no common pass). The order
+    depends only on the seed and the window, so a position is where the window begins in the text and how many of its
+    rows were served. The next window is read while the current one is served.
 
     Arguments:
-        read: rows from a position on, or from the beginning (None), as `packed_rows` gives them.
-        tokens: of a window, at least; it ends with a batch that `read` gives. 0 leaves the rows as they are.
-        rows: R, of a batch.
-        seed: of the order.
+        read: returns rows from a position, or from the beginning (None), like `packed_rows`.
+        tokens: minimum number of tokens in a window, which ends with a batch of `read`; 0: no shuffling.
+        rows: R, the rows per batch.
+        seed: seed of the order.
     """
     return read if tokens == 0 else lambda start: _shuffled(read, tokens, rows, seed, start)
 
 
 def permutation(size: int, name: str) -> Tensor:
-    """The order of `size` things that a name decides."""
+    """A permutation of `size` elements, seeded by a name."""
     digest = hashlib.sha256(name.encode()).digest()
     return torch.randperm(size, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")))
 
@@ -55,7 +55,7 @@ def _shuffled(read: Callable[[Any], Iterator[Rows]], tokens: int, rows: int, see
         for first in range(served, len(ids_RT), rows):
             try:
                 batches += [] if fault else itertools.islice(coming, 1)
-            except Exception as error:  # is raised when what was read before it is served
+            except Exception as error:  # raised below, once everything read before it has been served
                 fault = error
             rows_R = order_R[first : first + rows]
             yield Rows(ids_RT[rows_R], real_RT[rows_R], {"window": number, "served": first, "begins": begins})
@@ -65,7 +65,7 @@ def _shuffled(read: Callable[[Any], Iterator[Rows]], tokens: int, rows: int, see
 
 
 def _numbered(batches: Iterator[Rows], tokens: int) -> Iterator[tuple[int, Rows]]:
-    """Batches, each with the number of the window it belongs to, counted from here."""
+    """Batches, each with the number of its window, counted from 0 at the first batch."""
     number = size = 0
     last = None
     for batch in batches:

@@ -1,4 +1,4 @@
-"""The configured sources as readers of documents, in an order fixed by the seed and from any position on."""
+"""Readers of documents for the configured sources, in an order fixed by the seed, starting at any position."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from c2r.text.spelling import spelling_lists
 from c2r.text.stdlib import stdlib_part, stdlib_sources
 
 Shard = tuple[int, int]
-"""Index and count: document n of a pass belongs to the shard n mod count."""
+"""(index, count): document n of a pass belongs to shard n mod count."""
 STREAM_WINDOW = 1000
 
 
 class StdlibReader:
-    """The standard library's files; `held_out` picks those that nothing was trained on, or all others."""
+    """Documents of the standard library's files: with `held_out` those never trained on, otherwise all others."""
 
     def __init__(self, held_out: bool) -> None:
         self.held_out = held_out
 
     @property
     def identity(self) -> str:
-        """The contents of the files, which follow the version of Python."""
+        """Digest of the files' contents, which depend on the Python version."""
         return f"stdlib, {'held-out' if self.held_out else 'training'} part: {of_files(stdlib_part(self.held_out))}"
 
     def read(self, seed: int, start: Any = None) -> Read:
@@ -43,8 +43,8 @@ class StdlibReader:
 class Windows:
     """Another reader's documents, shuffled by the seed within windows of `size`.
 
-    A position is the reader's at the window's start, the window's number, how many documents of it were served, and
-    within a document its pieces that were, so that resuming reads one window again and no more.
+    A position is the reader's position at the window's start, the window's number, the number of its documents already
+    served and, within a document, of pieces already served. Resuming therefore reads at most one window again.
     """
 
     def __init__(self, reader: Reader, size: int) -> None:
@@ -52,7 +52,7 @@ class Windows:
 
     @property
     def identity(self) -> str:
-        """The reader's, and the size of windows."""
+        """The reader's identity and the window size."""
         return f"{self.reader.identity}, windows of {self.size}"
 
     def read(self, seed: int, start: Any = None) -> Read:
@@ -84,13 +84,13 @@ class Windows:
 
 
 def _window_position(start: Any) -> tuple[Any, int, int, int]:
-    """Position of the window, its number, documents of it that were served, and pieces of the next one."""
+    """Position of the window's start, its number, documents already served, and pieces of the next one served."""
     at, number, served, *pieces = start or (None, 0, 0)
     return at, number, served, pieces[0] if pieces else 0
 
 
 class SpellingLists:
-    """Spelling lists without end; see `spelling_lists` for their positions."""
+    """Endless spelling lists; see `spelling_lists` for their positions."""
 
     identity = "spelling lists"
 
@@ -110,18 +110,18 @@ def open_reader(
     cuts: Cuts | None = None,
     kept: bool | None = None,
 ) -> Reader:
-    """The reader of one source (no mixture).
+    """Open the reader of a single source (not a mixture).
 
     Arguments:
-        section: where the source stands in the configuration.
+        section: section of the configuration that defines the source, for errors.
         source: the source.
-        held_out: text to evaluate on, which training leaves out. Of `stdlib`, files that the embedded model is not
-            trained on either; of other sources, the share `held_out`. `held_out_kept` says whether there is any.
+        held_out: read the text held out from training, for evaluation: of `stdlib`, files on which the embedded model
+            was not trained either; of other sources, the share `held_out`. `held_out_kept` tells whether there is any.
         cuts: where long text may be cut into pieces; None: nowhere.
-        kept: whether the source keeps a part from training, if that is known; None looks.
+        kept: whether the source holds out a part from training, if known; None: find out.
 
     Raises:
-        ValueError: missing files.
+        ValueError: files are missing.
     """
     if source.source == "stdlib":
         return StdlibReader(held_out)
@@ -133,7 +133,7 @@ def open_reader(
 
 
 def _split(section: str, source: TextSource, held_out: bool, cuts: Cuts | None = None) -> HeldOut:
-    """The reader of files or a data set, in two parts."""
+    """The reader of files or a data set, restricted to the held-out part or the rest."""
     if source.source == "hf":
         return HeldOut(DataSetReader(section, source), source.held_out, held_out)
     files = FileReader(section, source, cuts)
@@ -141,7 +141,7 @@ def _split(section: str, source: TextSource, held_out: bool, cuts: Cuts | None =
 
 
 def keeps_part(reader: Reader) -> bool:
-    """Whether a reader's source keeps a part from training.
+    """Whether a reader's source holds out a part from training.
 
     Raises:
         ValueError: the source cannot be read.
@@ -151,7 +151,7 @@ def keeps_part(reader: Reader) -> bool:
 
 
 def held_out_kept(config: DataConfig) -> bool:
-    """Whether all sources keep a part from training, which `packed_rows(..., held_out=True)` then reads.
+    """Whether all sources hold out a part from training, which `packed_rows(..., held_out=True)` reads.
 
     Raises:
         ValueError: a source cannot be read.
@@ -162,7 +162,7 @@ def held_out_kept(config: DataConfig) -> bool:
 def read_shard(reader: Reader, seed: int, shard: Shard = (0, 1), start: Any = None) -> Iterator[tuple[Document, Any]]:
     """The documents of a pass that belong to a shard, each with the position after it.
 
-    A position is the number of documents read, those of other shards counted, and the reader's own position.
+    A position is the number of documents read, including those of other shards, and the reader's position.
     """
     index, count = shard
     number, at = start or (0, None)
@@ -174,10 +174,10 @@ def read_shard(reader: Reader, seed: int, shard: Shard = (0, 1), start: Any = No
 
 
 def check_source(config: DataConfig) -> None:
-    """Find what is wrong with the source before a model is loaded.
+    """Check every source before a model is loaded.
 
     Raises:
-        ValueError: missing files, a source whose every document is empty, or whose every record is bad.
+        ValueError: files are missing, or all documents of a source are empty or all its records bad.
     """
     for section, source in config.sections.items():
         if source.source == "stdlib":
@@ -193,7 +193,7 @@ def check_source(config: DataConfig) -> None:
             bad = bad or document.content
         else:
             raise ValueError(
-                no_text(section, source) + (f"; all records were skipped, the first: {bad}" if bad else "")
+                no_text(section, source) + (f"; all records were skipped; the first error: {bad}" if bad else "")
             )
 
 

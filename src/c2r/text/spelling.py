@@ -1,4 +1,4 @@
-"""Spelling lists of a tokenizer's own words: text that teaches a model each word's first letter."""
+"""Spelling lists of the words in a tokenizer's vocabulary: text that teaches a model the first letter of each word."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ PAIRS_PER_LIST = 40
 
 
 def alphabetic_tokens(tokenizer: Any) -> Iterator[tuple[str, int]]:
-    """Vocabulary entries that are A-Z and a-z alone, with one leading space or none: their text and id."""
+    """Text and id of vocabulary entries made only of A-Z and a-z, with at most one leading space."""
     for piece, index in tokenizer.get_vocab().items():
         text = tokenizer.decode([index])
-        if piece[:1] == "▁" and text[:1] != " ":  # some decoders strip the space of what they take for a beginning
+        if piece[:1] == "▁" and text[:1] != " ":  # some decoders strip a space at the beginning of the text
             text = " " + text
         word = text.removeprefix(" ")
         if word.isascii() and word.isalpha():
@@ -21,24 +21,24 @@ def alphabetic_tokens(tokenizer: Any) -> Iterator[tuple[str, int]]:
 
 
 def vocabulary_words(tokenizer: Any) -> list[str]:
-    """Words that are one token when written after a space: A-Z and a-z alone, at least two letters, sorted."""
+    """Words that are a single token after a space: only A-Z and a-z, at least two letters, sorted."""
     return sorted({text[1:] for text, _ in alphabetic_tokens(tokenizer) if text[0] == " " and len(text) > 2})
 
 
 def spelling_documents(words: Sequence[str], seed: int = 0) -> Iterator[str]:
-    r"""Without end: lists of `"\n word W"`, the word and its first letter in upper case.
+    r"""Endless lists of entries `"\n word W"`: a word and its first letter in upper case.
 
-    Every fifth list spells its words out instead (`"\n word : w o r d"`). Embedded in the training text,
-    they make a word's first letter something that the model computes at the word's own token.
+    Every fifth list spells its words out instead (`"\n word : w o r d"`). Mixed into the training text,
+    they make the model compute a word's first letter at the word's own token.
     """
     return (text for text, _ in spelling_lists(words, seed))
 
 
 def spelling_lists(words: Sequence[str], seed: int = 0, start: Any = None) -> Iterator[tuple[str, list[Any]]]:
-    """The lists of `spelling_documents` from a position on, each with the position after it.
+    """The lists of `spelling_documents`, starting at a position, each with the position after it.
 
-    A position, of JSON's values, is the generator's state before the words were shuffled last, how many lists there
-    were until then, and how many since.
+    A position is JSON-serializable: the generator's state before the last shuffle of the words, the number of lists
+    before that shuffle, and the number since.
     """
     rng = random.Random(seed)
     before = served = 0

@@ -1,4 +1,4 @@
-"""Text that needs no download: the standard library, and spelling lists of a tokenizer's own words."""
+"""Text that needs no download: the source code of Python's standard library."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-# Left out of the standard-library corpus: tests and vendored wheels are absent from many installations.
+# Not part of the corpus: tests and vendored wheels, which many installations lack.
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
 
 
 def stdlib_files() -> list[Path]:
-    """The `.py` files of the running Python's standard library, tests left out, sorted by their path."""
+    """The `.py` files of the running Python's standard library without its tests, sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = _python_files(root)
     if not found:
-        raise ValueError(f"data.source: 'stdlib' found no Python source under {root}; use source 'files' or 'hf'")
+        raise ValueError(f"data.source: 'stdlib' found no Python source code under {root}; use source 'files' or 'hf'")
     return list(found)
 
 
-@cache  # the search passes through all that is installed, which takes a second
+@cache  # the search walks through all installed packages, which takes a second
 def _python_files(root: Path) -> list[Path]:
     found = [p for p in root.rglob("*.py") if not _SKIPPED.intersection(p.relative_to(root).parts)]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
 def stdlib_documents(seed: int = 0, held_out: bool | None = None) -> Iterator[str]:
-    """The standard library's source, a file a document, empty ones left out; see `stdlib_sources`."""
+    """Source code of the standard library, one document per non-empty file; see `stdlib_sources`."""
     return (text for _, text in stdlib_sources(seed, held_out) if text.strip())
 
 
 def stdlib_sources(seed: int = 0, held_out: bool | None = None, start: int = 0) -> Iterator[tuple[str, str]]:
-    """Name (`email/parser.py`) and text of the standard library's files, shuffled by `seed`, from file `start` on.
+    """Name (`email/parser.py`) and text of the standard library's files, shuffled by `seed`, starting at file `start`.
 
-    `held_out` picks the files that the embedded model never trained on (a list of names that ships with the package,
-    one in twenty, so that another Python version holds out the same ones), the rest, or, when None, all.
+    `held_out` selects the files that the embedded model was never trained on (true), the rest (false), or all (None).
+    The held-out names, one in twenty, ship with the package, so that every Python version holds out the same files.
 
     Raises:
         ValueError: a file cannot be read.
@@ -50,10 +50,10 @@ def stdlib_sources(seed: int = 0, held_out: bool | None = None, start: int = 0) 
 
 
 def _source(path: Path) -> str:
-    """A Python file's text in the encoding that it declares (PEP 263), or UTF-8.
+    """Text of a Python file in the encoding that it declares (PEP 263), or UTF-8.
 
     Raises:
-        ValueError: it is not in that encoding, or cannot be read.
+        ValueError: the file is not in that encoding, or cannot be read.
     """
     try:
         with tokenize.open(path) as file:
@@ -63,7 +63,7 @@ def _source(path: Path) -> str:
 
 
 def stdlib_part(held_out: bool | None) -> list[Path]:
-    """The files of `stdlib_files` that are held out, the rest, or all (None), in the same order."""
+    """The held-out files of `stdlib_files` (true), the rest (false), or all (None), in the same order."""
     root, paths = Path(sysconfig.get_paths()["stdlib"]), stdlib_files()
     if held_out is None:
         return paths

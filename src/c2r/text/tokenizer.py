@@ -1,4 +1,4 @@
-"""The tokenizer of a language model, and what stands in for it where there is none."""
+"""Load the tokenizer of a language model, with a stand-in for models that have none."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken")
 
 
 class NoTokenizer:
-    """Stands where a model has no tokenizer: token ids are read as they are, and text cannot be read.
+    """Stand-in for a model without a tokenizer: data of token ids can be read, text cannot.
 
-    Nothing is put before, between or behind the documents' ids. What the model's configuration calls BOS, EOS and
-    padding is special wherever the data have it.
+    Nothing is added before, between or after the documents' ids. The ids that the model's configuration gives for BOS,
+    EOS and padding count as special wherever they occur in the data.
 
     Arguments:
-        model: its name, for errors.
-        size: ids are below this.
-        special: special ids.
+        model: name of the model, for errors.
+        size: size of the vocabulary; ids are smaller.
+        special: ids of special tokens.
     """
 
     bos_token_id = eos_token_id = pad_token_id = None
@@ -34,36 +34,36 @@ class NoTokenizer:
         return self.size
 
     def get_vocab(self) -> dict[str, int]:
-        """Every id under its own number."""
+        """Each id `n` under the name `<n>`."""
         return {f"<{index}>": index for index in range(self.size)}
 
     def convert_ids_to_tokens(self, index: int) -> str:
-        """The id's number."""
+        """The id as `<n>`."""
         return f"<{index}>"
 
     def decode(self, ids: Iterable[int], **_: Any) -> str:
-        """The ids' numbers."""
+        """The ids as `<n>`, concatenated."""
         return "".join(f"<{int(index)}>" for index in ids)
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
-        """There is nothing that could read text.
+        """Refuse text.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(
-            f"model.tokenizer: {self.model!r} has no tokenizer, and text needs one; give a folder or a Hub id that "
-            "has it (or data of token ids, with data.tokens_field)"
+            f"model.tokenizer: {self.model!r} has no tokenizer, but text needs one; give a folder or a Hub id that "
+            "has one, or use data of token ids (data.tokens_field)"
         )
 
 
 def load_tokenizer(model: str, path: str, own: str | None, architecture: Any, **options: Any) -> Any:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model.
 
     Arguments:
-        model: the model's name, for errors.
-        path: its folder or Hub id.
-        own: folder or Hub id of the tokenizer; None: the model's.
+        model: name of the model, for errors.
+        path: folder or Hub id of the model.
+        own: folder or Hub id of the tokenizer; None: that of the model.
         architecture: the model's configuration.
         options: `revision` (of the model) and `trust_remote_code`.
 
@@ -71,7 +71,7 @@ def load_tokenizer(model: str, path: str, own: str | None, architecture: Any, **
         A Hugging Face tokenizer, or `NoTokenizer` for a model's folder without one.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: the tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -81,12 +81,12 @@ def load_tokenizer(model: str, path: str, own: str | None, architecture: Any, **
         return _stand_in(model, architecture)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path if own is None else own, **options)
-    except Exception as error:  # tokenizers are read by many libraries, which raise what they like
+    except Exception as error:  # many libraries read tokenizers, and they raise many types
         raise ValueError(
-            f"model.tokenizer: cannot load the tokenizer of {own or model!r}; model.tokenizer may name a folder or a "
-            f"Hub id that has one: {error}"
+            f"model.tokenizer: cannot load the tokenizer of {own or model!r}; accepted are a folder or a Hub id that "
+            f"has one: {error}"
         ) from error
-    # Without files some classes make a tokenizer of special tokens alone.
+    # If the files are missing, some classes create a tokenizer that has only special tokens.
     if set(tokenizer.get_vocab().values()) <= special_ids(tokenizer):
         if own is not None:
             raise ValueError(
@@ -97,12 +97,12 @@ def load_tokenizer(model: str, path: str, own: str | None, architecture: Any, **
 
 
 def fit_tokenizer(tokenizer: Any, rows: int | None) -> None:
-    """Make a tokenizer's special tokens fit the rows of the model's embeddings.
+    """Check a tokenizer's special tokens against the number of rows of the model's embedding matrix.
 
-    A padding token beyond them is given up: padding is filled with another token, and no activation of it is used.
+    A padding token beyond the last row is removed; another token then fills padding, whose activations are never used.
 
     Raises:
-        ValueError: BOS or EOS, which every row or document gets, are beyond them.
+        ValueError: BOS or EOS, which are added to every row or document, are beyond the last row.
     """
     if rows is None:
         return

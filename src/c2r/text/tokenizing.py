@@ -1,4 +1,7 @@
-"""Documents to token ids, in this process or in loader processes; results in the documents' order either way."""
+"""Encode documents to token ids, in this process or in loader processes; results keep the documents' order.
+
+n tokens of a document or piece.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from c2r.text.decoding import surrogate_in
 from c2r.text.document import BadRecord, Document
 from c2r.text.pieces import PIECE, Cuts, characters, pieces
 
-# What one task of a loader process holds at most.
+# Maximum size of one task of a loader process.
 _DOCUMENTS, _CHARACTERS = 64, 200_000
 
 
 class Encoded(NamedTuple):
-    """Tokens of a document or of a piece of one, EOS at the document's end where the tokenizer has one."""
+    """Tokens of a document or of a piece of one, with EOS at the document's end if the tokenizer has one."""
 
     ids: np.ndarray
     """int32 `[n]`."""
@@ -34,28 +37,28 @@ class Encoded(NamedTuple):
     more: bool = False
     """Whether the document continues in the next piece."""
     bad: str | None = None
-    """What is wrong with the record, which has no tokens then."""
+    """Description of what is wrong with the record, which then has no tokens; None: nothing."""
 
 
 def beyond(index: int, rows: int) -> str:
-    """What to say of an id that the model's embeddings do not have."""
+    """The end of a message about an id that exceeds the model's embedding matrix."""
     return (
-        f"has the id {index}, and the model's embeddings have {rows} rows; give the tokenizer that belongs to the "
-        "model (model.tokenizer), or enlarge and train the embeddings (resize_token_embeddings in transformers)"
+        f"has id {index}, but the model's embedding matrix has only {rows} rows; give the tokenizer that belongs to "
+        "the model (model.tokenizer), or enlarge and train the embeddings (resize_token_embeddings in transformers)"
     )
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """BOS, EOS, padding and whatever else the tokenizer calls special."""
+    """Ids of BOS, EOS, padding and all other tokens that the tokenizer marks as special."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
 
 
 def bos_of(tokenizer: Any, prepend_bos: bool | None) -> int | None:
-    """The BOS that opens each row, as `data.prepend_bos` says; None: rows open with text.
+    """Id of the BOS at the beginning of each row, according to `data.prepend_bos`; None: rows begin with text.
 
     Raises:
-        ValueError: `prepend_bos` is true and the tokenizer has no BOS.
+        ValueError: `prepend_bos` is true, but the tokenizer has no BOS.
     """
     bos = tokenizer.bos_token_id
     if prepend_bos and bos is None:
@@ -64,7 +67,7 @@ def bos_of(tokenizer: Any, prepend_bos: bool | None) -> int | None:
 
 
 def opens_with_bos(config: DataConfig, tokenizer: Any) -> bool:
-    """Whether rows get a BOS at their beginning, which SAE folders record as `prepend_bos`.
+    """Whether each row begins with BOS; SAE folders record this as `prepend_bos`.
 
     Raises:
         ValueError: see `bos_of`.
@@ -73,16 +76,16 @@ def opens_with_bos(config: DataConfig, tokenizer: Any) -> bool:
 
 
 class Encode:
-    """A document's tokens; can be sent to another process.
+    """Encodes a document to tokens; can be pickled and sent to another process.
 
     Arguments:
-        config: its `drop_tokens` are left out of the real tokens, as special ones are.
-        tokenizer: of the language model.
-        embeddings: rows of the model's embeddings, beyond which no id may lie; None: unknown.
+        config: the text. Its `drop_tokens` do not count as real tokens, like special tokens.
+        tokenizer: tokenizer of the language model.
+        embeddings: number of rows of the model's embedding matrix, which ids may not exceed; None: unknown.
 
     Raises:
-        ValueError: `drop_tokens` that the tokenizer does not have, chats for a tokenizer without a chat template, or
-            `prepend_bos` for one without BOS.
+        ValueError: `drop_tokens` unknown to the tokenizer, chats but no chat template, or `prepend_bos: true` but no
+            BOS.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Any, embeddings: int | None = None) -> None:
@@ -97,27 +100,27 @@ class Encode:
             if source.chat_field is not None and not tokenizer.chat_template:
                 raise ValueError(
                     f"{section}.chat_field: got {source.chat_field!r}, but the tokenizer has no chat template; "
-                    "use text_field, or a model that was trained on chats"
+                    "use text_field, or a model trained on chats"
                 )
         dropped = {_token_id(token, tokenizer, vocabulary, self.size) for token in config.drop_tokens}
         self.real = np.ones(self.size, bool)
         self.real[sorted(special_ids(tokenizer) | dropped)] = False
 
     def __call__(self, document: Document) -> Encoded:
-        """Encode; a record that cannot be used has no tokens, and says what is wrong."""
+        """Encode a document; for a record that cannot be used, the result has no tokens and `bad` is set."""
         try:
             if document.form == "bad":
                 raise BadRecord(document.content)
             ids = self._ids(document)
             self._check_embedded(ids, document.where)
         except BadRecord as error:
-            if document.more or document.before:  # the rest of the document is in use
+            if document.more or document.before:  # other pieces of the document are used
                 raise
             return Encoded(np.zeros(0, np.int32), np.zeros(0, bool), bad=str(error))
         real, eos = self.real[ids], self.tokenizer.eos_token_id
         if document.mask is not None:
             real &= document.mask
-        # Chats and tokenised data may have an end of their own.
+        # Chats and tokenised data may already end in EOS.
         ended = document.more or (document.form != "text" and len(ids) > 0 and ids[-1] == eos)
         if self.ends and eos is not None and not ended:
             ids, real = np.append(ids, np.asarray([eos], np.int32)), np.append(real, self.real[eos])
@@ -130,7 +133,7 @@ class Encode:
             raise BadRecord(f"{where}: the token {token!r} {beyond(index, self.embeddings)}")
 
     def text_ids(self, text: str, parse_special_tokens: bool | None = None) -> list[int]:
-        """A text's tokens and no others."""
+        """A text's token ids, without added special tokens."""
         parse = self.parse_special_tokens if parse_special_tokens is None else parse_special_tokens
         return text_ids(self.tokenizer, text, parse)
 
@@ -139,7 +142,7 @@ class Encode:
         if document.form == "tokens":
             if content.min() < 0 or content.max() >= self.size:
                 wrong = content[(content < 0) | (content >= self.size)][0]
-                raise BadRecord(f"{document.where} has the id {wrong}; the tokenizer's are 0 to {self.size - 1}")
+                raise BadRecord(f"{document.where} has id {wrong}; the tokenizer's ids are 0 to {self.size - 1}")
             return content.astype(np.int32)
         if document.form == "chat":
             return self._chat(document)
@@ -151,21 +154,21 @@ class Encode:
         )
 
     def _piece(self, before: str, text: str) -> np.ndarray:
-        """The tokens of a text that follows another."""
+        """The tokens of a text that follows `before`."""
         ids = self.text_ids(before + text)
         if before:
             known = self.text_ids(before)
             if ids[: len(known)] != known:
-                raise RuntimeError(f"the tokenizer gives {before[-20:]!r} other tokens than before a long text was cut")
+                raise RuntimeError(f"the tokenizer encodes {before[-20:]!r} differently where a long text was cut")
             ids = ids[len(known) :]
         return np.asarray(ids, np.int32)
 
     def _chat(self, document: Document) -> np.ndarray:
-        """The tokens of rendered messages, without BOS at the beginning, since rows have their own."""
+        """The tokens of the rendered messages, without leading BOS, which rows add themselves."""
         try:
             text = self.tokenizer.apply_chat_template(document.content, tokenize=False)
-        except Exception as error:  # templates are programs, and raise what they like
-            raise BadRecord(f"{document.where}: the chat template refuses the messages: {error}") from error
+        except Exception as error:  # templates are programs, which can raise anything
+            raise BadRecord(f"{document.where}: the chat template rejects the messages: {error}") from error
         _check_characters(text, document.where)
         ids, bos = self.text_ids(text, True), self.tokenizer.bos_token_id
         start = 0
@@ -175,7 +178,7 @@ class Encode:
 
 
 def text_ids(tokenizer: Any, text: str | list[str], parse_special_tokens: bool = False) -> Any:
-    """A text's tokens, or those of several; special tokens spelled out in it are text, or, if asked for, tokens."""
+    """Token ids of one or several texts. Special tokens spelled out in a text are parsed as such only on request."""
     return tokenizer(
         text,
         add_special_tokens=False,
@@ -195,22 +198,22 @@ def _check_characters(text: str, where: str) -> None:
 def _token_id(token: int | str, tokenizer: Any, vocabulary: dict[str, int], size: int) -> int:
     if isinstance(token, int):
         if not 0 <= token < size:
-            raise ValueError(f"data.drop_tokens: got the id {token}; the tokenizer's are 0 to {size - 1}")
+            raise ValueError(f"data.drop_tokens: got id {token}; the tokenizer's ids are 0 to {size - 1}")
         return token
     if token in vocabulary:
         return vocabulary[token]
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
-        raise ValueError(f"data.drop_tokens: {token!r} is {len(ids)} tokens of the tokenizer; give tokens one by one")
+        raise ValueError(f"data.drop_tokens: got {token!r}, which is {len(ids)} tokens; accepted: single tokens")
     return ids[0]
 
 
 class Encoder:
-    """Encodes sequences of documents, ahead of need where there are loader processes.
+    """Encodes sequences of documents; with loader processes, ahead of demand.
 
     Arguments:
-        encode: what to do with a document.
-        workers: loader processes, which are spawned; 0: none, a document is encoded when it is asked for.
+        encode: encodes one document.
+        workers: number of loader processes to spawn; 0: documents are encoded in this process, on demand.
     """
 
     def __init__(self, encode: Callable[[Document], Encoded], workers: int = 0) -> None:
@@ -221,10 +224,10 @@ class Encoder:
             self._pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(encode,))
 
     def encoded(self, documents: Iterator[tuple[Document, Any]]) -> Iterator[tuple[Encoded, Any]]:
-        """The documents' tokens, each with what came with the document.
+        """The documents' tokens, each with the position that came with the document.
 
         Raises:
-            ValueError: see `Encode`; whatever reading the documents raises, after those before it.
+            ValueError: see `Encode`; also errors from reading, raised after all earlier documents were served.
             RuntimeError: a loader process died.
         """
         if self._pool is None:
@@ -253,7 +256,7 @@ class Encoder:
         raise fault
 
     def _submit(self, documents: list[Document]) -> Future[_Result]:
-        # A process inherits what its parent's thread blocks: without this, Ctrl-C before `_begin` is a traceback.
+        # A new process inherits its parent's blocked signals. Otherwise Ctrl-C before `_begin` prints a traceback.
         before = _block_interrupts()
         try:
             assert self._pool is not None
@@ -263,19 +266,19 @@ class Encoder:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self) -> None:
-        """End the loader processes."""
+        """Shut down the loader processes."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 _Result = tuple[list[Encoded], Exception | None]
-"""Encoded documents, and what encoding the next one raised."""
+"""Encoded documents, and the error raised by the next one, if any."""
 
 
 def _batches(
     documents: Iterator[tuple[Document, Any]],
 ) -> Iterator[tuple[Sequence[tuple[Document, Any]], Exception | None]]:
-    """Documents with their positions, and what reading on raised."""
+    """Batches of documents with their positions, and the error raised when reading further, if any."""
     while True:
         batch: list[tuple[Document, Any]] = []
         characters, fault = 0, None
@@ -300,14 +303,14 @@ def _block_interrupts() -> set[Any] | None:
     return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
-_encode: Callable[[Document], Encoded] | None = None  # of a loader process
+_encode: Callable[[Document], Encoded] | None = None  # set in loader processes
 
 
 def _begin(encode: Callable[[Document], Encoded]) -> None:
-    """Make this process a loader: Ctrl-C is the parent's to handle, and without a parent there is nothing to do."""
+    """Set up this process as a loader: it ignores Ctrl-C, which the parent handles, and exits when the parent does."""
     global _encode
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many processes as were asked for, and no threads in them
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallelism comes from the processes alone
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encode = encode
 

@@ -129,7 +129,7 @@ def test_a_jsonl_file_and_a_data_set_folder(tmp_path: Path) -> None:
         ('{"text": "a", "label": 1.5}\n', r"x.jsonl:1: expected 'text', a string, and 'label'"),
         ('{"text": "a"}\n', r"x.jsonl:1: expected"),
         ('{"label": "a"}\n', r"x.jsonl:1: expected"),
-        ("[1]\n", r"x.jsonl:1 is not an object but list"),
+        ("[1]\n", r"x.jsonl:1: expected a JSON object; found list"),
         ("{\n", r"x.jsonl:1 is not JSON"),
         ("\n", r"x.jsonl holds no record"),
         (None, r"no file matches"),
