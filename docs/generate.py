@@ -112,6 +112,11 @@ def classes_of(annotation: Any) -> list[Any]:
     return [found for part in get_args(annotation) for found in classes_of(part)]
 
 
+def first_lines(annotation: Any) -> str:
+    """What the sections in a type say of themselves, for a key that says nothing."""
+    return " Or: ".join(inspect.cleandoc(inner.__doc__ or "").partition("\n")[0] for inner in classes_of(annotation))
+
+
 def choices_of(config: Any) -> dict[str, Any]:
     """The classes of which a section is one: a class for each method or preset."""
     from c2r.config.known_features import PRESETS, SyntheticConfig
@@ -138,7 +143,7 @@ def table(config: Any, place: str, common: Any = None) -> str:
             f"[`{key}`](#{link})" + ("" if classes_of(field.annotation) else f"{{ #{link} }}"),
             describe(field.annotation, field.metadata),
             default_of(field),
-            " ".join(documented.get(name, "").split()),
+            " ".join((documented.get(name) or first_lines(field.annotation)).split()),
         ]
         rows.append(row(cells))
     if not rows:
