@@ -211,7 +211,7 @@ def test_each_part_of_a_resumed_run_is_recorded_and_keeps_its_precision(
 
 def test_int8_that_a_resumed_run_loses_is_reported_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     config, settings = BatchTopKConfig(name="x", width=64, k=2), TrainConfig(tokens=640, batch=32)
-    state = Run(config, settings, 8).state_dict() | {"coarse": True, "product": "float32"}
+    state = Run(config, settings, 8).state_dict() | {"int8": True, "product": "float32"}
     lost = {}
     for exact in (True, False):
         on_a(monkeypatch, VNNI, exact=exact)

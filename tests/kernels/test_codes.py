@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from c2r.kernels import codes as codes_module
+from c2r.kernels import rows as rows_module
 from c2r.kernels.codes import Codes, Support, decode, encode_at, fired, from_dense, join, l0, norms, take, to_dense
 from c2r.kernels.rows import row_dots
 from c2r.sae.selection import BatchTopK
@@ -113,13 +113,13 @@ def test_no_code_at_all() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_dots_of_pairs_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codes_module, "_PAIRS", 7)
+    monkeypatch.setattr(rows_module, "_PAIRS", 7)
     # Whole numbers, whose products and sums are exact in every precision.
     generator = torch.Generator().manual_seed(0)
     rows, source = (torch.randint(-4, 5, (size, 3), generator=generator).to(dtype) for size in (5, 9))
     index, starts = torch.randint(9, (20,), generator=generator), torch.tensor([0, 0, 7, 8, 20, 20])
     expected = (rows[[1] * 7 + [2] + [3] * 12] * source[index]).sum(1)
-    for dots in (row_dots, codes_module._row_dots_by_embedding_bag):  # the second is a GPU's, in pieces
+    for dots in (row_dots, rows_module._row_dots_by_embedding_bag):  # the second is a GPU's, in pieces
         assert torch.equal(dots(rows, source, index, starts), expected)
         assert len(dots(rows, source, index[:0], torch.zeros(6).long())) == 0
     sizes, kernel = list[int](), torch.ops.aten._embedding_bag_per_sample_weights_backward
@@ -129,7 +129,7 @@ def test_dots_of_pairs_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
         return kernel(rows, source, index, *more)
 
     monkeypatch.setattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", counted)
-    codes_module._row_dots_by_embedding_bag(rows, source, index, starts)
+    rows_module._row_dots_by_embedding_bag(rows, source, index, starts)
     assert sizes == [7, 7, 6]
 
 

@@ -59,5 +59,5 @@ def test_a_run_takes_the_sparse_path_when_few_latents_fire(monkeypatch: pytest.M
         run.sae.b_enc -= 5
     run.step(x)
     assert run.activity.sparse_pays
-    monkeypatch.setattr(run, "product", lambda x: pytest.fail("the dense path was taken"))
+    monkeypatch.setattr(run.encoder, "dense", lambda x: pytest.fail("the dense path was taken"))
     run.step(x)

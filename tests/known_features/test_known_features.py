@@ -239,7 +239,7 @@ def test_held_out_activations_are_others_and_all_there() -> None:
     ("name", "parameters", "says"),
     [
         ("bush", {}, r"preset: got 'bush'; accepted are tree, forest, pair, rotation_trap, over_merge_trap"),
-        ("tree", {"epsilon": 0.1}, r"preset tree: epsilon: unknown; accepted are .*parents"),
+        ("tree", {"epsilon": 0.1}, r"preset tree: epsilon: unknown key; accepted are .*parents"),
         ("tree", {"parents": 0}, r"parents: .*greater than or equal to 1 \(got 0\)"),
         ("pair", {"epsilon": 0.7}, r"parent_alone, joint, epsilon: got 0.2, 0.2, 0.7; .*less than 1"),
         ("over_merge_trap", {"kappa": 1}, r"kappa: .*less than 1 \(got 1\)"),

@@ -300,10 +300,8 @@ def test_memory_that_runs_out_amid_training_says_what_to_lower(
 
     monkeypatch.setattr(Run, "step", step)
     config = run_config(tmp_path / "run", tiny_models["llama"], corpus) if live else known_run(tmp_path / "run")
-    says = r"out of memory: .*Lower "
-    says += (
-        r"model\.dtype \(now float32\), stream\.rows \(now 8\), data\.context" if live else r"train\.batch \(now 64\)"
-    )
+    lower = r"model\.dtype \(now float32\), stream\.model_rows \(now 8\), data\.context"
+    says = r"out of memory: .*Lower " + (lower if live else r"train\.batch \(now 64\)")
     with pytest.raises(ValueError, match=says):
         train(config)
     assert c2r.load(config.output / "c2r").config["c2r"]["state"]["tokens"] == 6 * config.train.batch
