@@ -10,7 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jaxtyping
 
-jaxtyping.install_import_hook(["c2r.penalty", "c2r.neighbors", "c2r.sae"], "beartype.beartype")
+jaxtyping.install_import_hook("c2r", "typechecked.check")
 
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402

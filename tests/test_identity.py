@@ -217,7 +217,7 @@ def test_of_very_large_files_pieces_are_read(tmp_path: Path, monkeypatch: pytest
 
 def test_sources_are_what_they_hold(tmp_path: Path) -> None:
     def found(path: Path, **changes: Any) -> str:
-        return open_reader("data", DataConfig(source="files", path=str(path), **changes)).identity
+        return open_reader("data", DataConfig(source="files", path=str(path), **changes)).identity()
 
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "ships"}\n')
@@ -232,14 +232,14 @@ def test_sources_are_what_they_hold(tmp_path: Path) -> None:
 
 
 def test_the_standard_library_is_its_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert StdlibReader(True).identity != StdlibReader(False).identity
+    assert StdlibReader(True).identity() != StdlibReader(False).identity()
     from c2r.text import sources
 
     paths = write(tmp_path, a_py="one = 1", b_py="two = 2")
     monkeypatch.setattr(sources, "stdlib_part", lambda held_out: paths)
-    before = StdlibReader(False).identity
+    before = StdlibReader(False).identity()
     paths[0].write_text("one = 7!")
-    assert StdlibReader(False).identity != before
+    assert StdlibReader(False).identity() != before
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -255,7 +255,7 @@ def test_local_data_sets_are_their_contents(
             datasets.Dataset.from_dict({"text": [word, "wax"]}).save_to_disk(str(path))
         else:
             write(path, train_jsonl=json.dumps({"text": word}) + '\n{"text": "wax"}\n')
-        return open_reader("data", DataConfig(source="hf", path=str(path), streaming=streaming)).identity
+        return open_reader("data", DataConfig(source="hf", path=str(path), streaming=streaming)).identity()
 
     first = identity_of("ships", "one")
     assert "split train" in first
@@ -278,11 +278,11 @@ def test_a_data_set_on_the_hub_is_its_commit(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(hub, "_origin_on_the_hub", hub._origin)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **k: Builder)
     reader = open_reader("data", DataConfig(source="hf", path="user/set", held_out=0))
-    first = reader.identity
+    first = reader.identity()
     assert "2 files of user/set 0123abcd" in first
-    assert reader.identity == first
+    assert reader.identity() == first
     commit[0] = "4567cdef"
-    assert reader.identity != first
+    assert reader.identity() != first
 
 
 # Folders of models, and the comparison

@@ -25,7 +25,7 @@ def identity_of(data: DataConfig, lm: LanguageModel, *, held_out: bool = False) 
         ValueError: the text cannot be opened or read.
     """
     return {
-        "text": {section: open_reader(section, part, held_out).identity for section, part in data.sections.items()},
+        "text": {section: open_reader(section, part, held_out).identity() for section, part in data.sections.items()},
         **_of_model(lm),
         "activations": ACTIVATIONS,
         "code": versions(),
@@ -59,7 +59,7 @@ def local_differences(recorded: Identity, config: RunConfig) -> list[str]:
     for section, source in config.data.sections.items():
         if source.source != "hf" or Path(source.path or "").exists():
             try:
-                text[section] = open_reader(section, source).identity
+                text[section] = open_reader(section, source).identity()
             except ValueError:  # the text may be absent
                 continue
     known = {section: said for section, said in recorded["text"].items() if section in text}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Part:
         return Part(x, norms, self.ids[keep_n], self.where[keep_n], self.position)
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Source of parts: `LiveReader` runs the model, `CacheReader` reads a cache written by it."""
 

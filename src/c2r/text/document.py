@@ -6,7 +6,7 @@ n tokens of a document.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -38,10 +38,10 @@ Read = Iterator[tuple[Document, Callable[[], Any]]]
 document."""
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Documents in an order fixed by a seed, starting at any position."""
 
-    @property
     def identity(self) -> str:
         """A string that changes whenever the source changes in a way that makes earlier positions invalid."""
         ...

@@ -43,7 +43,6 @@ class FileReader:
         if plain is not None and (source.chat_field or source.tokens_field):
             raise ValueError(f"{section}.path: {plain} is plain text, without fields; give .jsonl or .parquet files")
 
-    @property
     def identity(self) -> str:
         """Digest of the files' contents in order; see `of_files` for how much of very large files is read.
 

@@ -40,11 +40,10 @@ class HeldOut:
         self.reader, self.share, self.held_out = reader, share, held_out
         self._openings = openings or (lambda: (document for document, _ in reader.read(0)))
 
-    @property
     def identity(self) -> str:
         """The reader's identity and the part."""
         part = f", {'the' if self.held_out else 'without the'} {self.share} held out" if self.kept else ""
-        return f"{self.reader.identity}{part}"
+        return f"{self.reader.identity()}{part}"
 
     @cached_property
     def kept(self) -> bool:

@@ -51,7 +51,6 @@ class DataSetReader:
                 )
         return data.select_columns(fields_of(source)) if names else data
 
-    @property
     def identity(self) -> str:
         """Digest of a local data set's files; for one on the Hub, the commit that its revision resolves to.
 

@@ -93,7 +93,11 @@ def packed_rows(
         raise ValueError(f"shard: got {shard}; accepted: (index, count) with 0 ≤ index < count")
 
     def read() -> Iterator[Rows]:
-        text: Position = {"seed": seed, "shard": list(shard), "text": [reader.identity for reader in readers.values()]}
+        text: Position = {
+            "seed": seed,
+            "shard": list(shard),
+            "text": [reader.identity() for reader in readers.values()],
+        }
         if start is not None:
             _check_start(text, start)
         text["kept"] = [keeps_part(reader) for reader in readers.values()]

@@ -28,7 +28,6 @@ class StdlibReader:
     def __init__(self, held_out: bool) -> None:
         self.held_out = held_out
 
-    @property
     def identity(self) -> str:
         """Digest of the files' contents, which depend on the Python version."""
         return f"stdlib, {'held-out' if self.held_out else 'training'} part: {of_files(stdlib_part(self.held_out))}"
@@ -50,10 +49,9 @@ class Windows:
     def __init__(self, reader: Reader, size: int) -> None:
         self.reader, self.size = reader, size
 
-    @property
     def identity(self) -> str:
         """The reader's identity and the window size."""
-        return f"{self.reader.identity}, windows of {self.size}"
+        return f"{self.reader.identity()}, windows of {self.size}"
 
     def read(self, seed: int, start: Any = None) -> Read:
         """See `Reader`."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import uuid
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from c2r.config.run import RunConfig
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Where a run's figures go besides its folder."""
 
