@@ -144,8 +144,8 @@ def test_no_stopwatch_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("settings", "device", "exact", "says"),
     [
-        ({}, "cuda", True, "needs a CPU and the device is 'cuda'"),
-        ({"batch": 100}, "cpu", True, "multiple of 32 and train.batch is 100"),
+        ({}, "cuda", True, "needs a CPU, and the device is 'cuda'"),
+        ({"batch": 100}, "cpu", True, "multiple of 32, and train.batch is 100"),
         ({}, "cpu", False, "int8 products are not exact .*avx2"),
     ],
 )
@@ -220,9 +220,11 @@ def test_int8_that_a_resumed_run_loses_is_reported_and_recorded(monkeypatch: pyt
         assert resumed.precision == (torch.float32, exact)
         assert resumed.machines[-1]["selection"] == ("int8" if exact else "product")
         lost[exact] = precision_lines({"x": resumed.precision}, {"x": state})
-    assert lost[True] == ["encoder product in float32, candidates by int8"]
+    assert lost[True] == ["encoder product in float32, int8 candidate search"]
     assert lost[False][0] == "encoder product in float32"
-    assert lost[False][1].startswith("x: began with candidates by int8, which this machine does not have")
+    assert lost[False][1].startswith(
+        "x: training began with int8 candidate search, which this machine does not support"
+    )
 
 
 def test_saes_of_several_precisions_are_told_apart() -> None:
@@ -232,6 +234,6 @@ def test_saes_of_several_precisions_are_told_apart() -> None:
         "c": Precision(torch.bfloat16, True),
     }
     assert precision_lines(now, {}) == [
-        "encoder product in bfloat16, candidates by int8: a, c",
+        "encoder product in bfloat16, int8 candidate search: a, c",
         "encoder product in bfloat16: b",
     ]

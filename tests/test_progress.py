@@ -40,7 +40,7 @@ def test_lines_tell_what_is_done_the_rate_and_the_time_left(clock: list[float]) 
         "core evaluation of many SAEs on text: 26,000/40,000 tokens, 250/s, 56 s left",
         "core evaluation of many SAEs on text: 32,000/40,000 tokens, 250/s, 32 s left",
         "core evaluation of many SAEs on text: 38,000/40,000 tokens, 250/s, 8 s left",
-        "core evaluation of many SAEs on text: 40,000/40,000 tokens, 250/s, 2.7 min in all",
+        "core evaluation of many SAEs on text: 40,000/40,000 tokens, 250/s, 2.7 min in total",
     ]
 
 
@@ -55,7 +55,7 @@ def test_more_than_was_announced_is_said_once(clock: list[float]) -> None:
     assert lines_of(console) == [
         "core: 30/100, 2/s, 35 s left",
         "core: 90/100, 2/s, 5 s left",
-        "core: 120/100, 2/s, 1.0 min in all",
+        "core: 120/100, 2/s, 1.0 min in total",
     ]
 
 
@@ -75,7 +75,7 @@ def test_nothing_done_says_nothing_and_one_step_is_said_at_its_end(clock: list[f
         clock[0] += 65
         bar.update(task, total=1, completed=1)
         list(bar.track([], description="empty"))
-    assert lines_of(console) == ["one step: 1/1, 0.015/s, 1.1 min in all"]
+    assert lines_of(console) == ["one step: 1/1, 0.015/s, 1.1 min in total"]
 
 
 def test_a_terminal_has_a_bar() -> None:

@@ -182,10 +182,13 @@ def test_a_damaged_checkpoint_is_named_and_the_last_good_one_offered(file: str, 
     for step, folder in enumerate(folders):
         write_checkpoint(folder, STATE | {"step": step})
     spoil(folders[2] / file, how)
-    with pytest.raises(CheckpointError, match=rf"step_00000003/{file} is damaged.*step_00000002: --skip-damaged"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"step_00000003/{file} is corrupt.*step_00000002; resume from it with `c2r train --skip-damaged",
+    ):
         latest_checkpoint(tmp_path)
     spoil(folders[1] / file, how)
-    with pytest.raises(CheckpointError, match=r"step_00000003.*last good one is .*step_00000001"):
+    with pytest.raises(CheckpointError, match=r"step_00000003.*last intact one is .*step_00000001"):
         latest_checkpoint(tmp_path)
     assert list_checkpoints(tmp_path) == folders
     found = latest_checkpoint(tmp_path, skip_damaged=True)
@@ -194,7 +197,10 @@ def test_a_damaged_checkpoint_is_named_and_the_last_good_one_offered(file: str, 
     assert list_checkpoints(tmp_path) == folders[:1]
     spoil(folders[0] / file, how)
     for skip in (False, True):
-        with pytest.raises(CheckpointError, match=r"step_00000001.*no other is whole: --overwrite"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"step_00000001.*no other checkpoint is intact; start over with `c2r train --overwrite",
+        ):
             latest_checkpoint(tmp_path, skip_damaged=skip)
 
 

@@ -112,7 +112,7 @@ def test_a_disk_too_small_is_refused_before_training(tmp_path: Path, monkeypatch
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(faults.shutil, "disk_usage", lambda path: usage._replace(free=130_000))
     with pytest.raises(
-        ValueError, match=r"output: .* needs another .*, 2 \+ 1 checkpoints of .*; free some, lower train"
+        ValueError, match=r"output: .* needs another .* \(2 \+ 1 checkpoints of .*; free some space, lower train"
     ):
         train(known_run(tmp_path / "run"))
     assert not (tmp_path / "run" / "run.yaml").exists()
@@ -141,7 +141,7 @@ def test_a_loss_that_is_no_number_keeps_its_batch_and_the_last_good_checkpoint(
         return original(self, x)
 
     monkeypatch.setattr(Run, "step", step)
-    with pytest.raises(ValueError, match=r"saes\.c2r: the loss is \S+ at step 10; .* The batch is in .*faulty"):
+    with pytest.raises(ValueError, match=r"saes\.c2r: the loss is \S+ at step 10; .* The batch was saved: .*faulty"):
         train(config)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000004", "step_00000008"]
     stored = load_file(tmp_path / "run" / "faulty" / "step_00000010.safetensors")["x"]
@@ -164,7 +164,7 @@ def test_weights_that_are_no_numbers_are_not_kept(tmp_path: Path, monkeypatch: p
         return measured
 
     monkeypatch.setattr(Run, "step", step)
-    with pytest.raises(ValueError, match=r"saes\.baseline: b_enc\.exp_avg_sq holds NaN or infinity after step 8"):
+    with pytest.raises(ValueError, match=r"saes\.baseline: b_enc\.exp_avg_sq contains NaN or infinity after step 8"):
         train(config)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000004"]
 
@@ -185,9 +185,7 @@ def test_a_model_that_emits_nan_stops_the_run_with_the_part_kept(model_with_a_ho
     text.write_text("some words in a row, and then " * 60 + "#" + " more of them" * 400)
     small = {"window_tokens": 256, "model_rows": 8, "max_norm_multiple": None}
     config = every(run_config(tmp_path / "run", model_with_a_hole, text, stream=small), 2)
-    with pytest.raises(
-        ValueError, match=r"blocks\.1\.hook_resid_post are not finite .* \(at step (\d+); they are in"
-    ) as e:
+    with pytest.raises(ValueError, match=r"blocks\.1\.hook_resid_post are not finite .* \(at step (\d+); saved:") as e:
         train(config)
     step = int(str(e.value).split("(at step ")[1].split(";")[0])
     stored = load_file(tmp_path / "run" / "faulty" / f"step_{step:08d}.safetensors")
@@ -209,7 +207,7 @@ def test_a_source_that_ends_early_is_told(
     monkeypatch.setattr(reader, "packed_rows", lambda *a, **options: original(*a, **options | {"epochs": 1}))
     config = run_config(tmp_path / "run", tiny_models["llama"], corpus)
     config = every(config, 2, tokens=10**6)
-    with pytest.raises(ValueError, match=r"data: the source ended after [\d,]+ of 1,000,000 tokens; give more"):
+    with pytest.raises(ValueError, match=r"data: the source ended after [\d,]+ of 1,000,000 tokens; add more"):
         train(config)
     state = c2r.load(tmp_path / "run" / "c2r").config["c2r"]["state"]
     assert "the source ended" in state["stopped"]
@@ -278,7 +276,7 @@ def test_free_memory_is_what_the_system_says(tmp_path: Path, monkeypatch: pytest
 
 def test_saes_too_big_are_refused(tmp_path: Path) -> None:
     saes = [{"name": "big", "width": 10**10, "k": 2}]
-    with pytest.raises(ValueError, match=r"saes: .* of 1 SAEs need 7\.68e\+03 GB, and cpu has .*; lower saes"):
+    with pytest.raises(ValueError, match=r"saes: .* of 1 SAEs need 7\.68e\+03 GB, but cpu has .*; lower saes"):
         train(known_run(tmp_path / "run", saes=saes))
 
 
@@ -302,7 +300,9 @@ def test_memory_that_runs_out_amid_training_says_what_to_lower(
     config = run_config(tmp_path / "run", tiny_models["llama"], corpus) if live else known_run(tmp_path / "run")
     says = r"out of memory: .*Lower "
     says += (
-        r"model\.dtype \(now float32\), stream\.rows \(now 8\), data\.context" if live else r"train\.batch \(now 64\)"
+        r"model\.dtype \(currently float32\), stream\.model_rows \(currently 8\), data\.context"
+        if live
+        else r"train\.batch \(currently 64\)"
     )
     with pytest.raises(ValueError, match=says):
         train(config)

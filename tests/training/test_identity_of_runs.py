@@ -220,7 +220,7 @@ def test_a_cache_that_is_read_is_not_written(cached: RunConfig, monkeypatch: pyt
     assert files(cached.cache.path) == before
     with (
         held(cached.cache.path, "cache", "cache.path", "harvesting into"),
-        pytest.raises(ValueError, match="another process is writing in"),
+        pytest.raises(ValueError, match="another process is writing to"),
     ):
         train(cached.model_copy(update={"output": cached.output / "other"}), console=QUIET)
 
@@ -235,5 +235,5 @@ def test_a_cache_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     with pytest.raises(ValueError, match=r"cache\.path: .*acts is not a folder"):
         fill_cache(config, console=QUIET)
     below = config.model_copy(update={"cache": config.cache.model_copy(update={"path": config.cache.path / "below"})})
-    with pytest.raises(ValueError, match=r"cache\.path: cannot make the folder"):
+    with pytest.raises(ValueError, match=r"cache\.path: cannot create the folder"):
         fill_cache(below, console=QUIET)

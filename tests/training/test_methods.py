@@ -242,7 +242,7 @@ def test_alpha_zero_is_orthogonality() -> None:
     [
         ({"method": "matryoshka_batch_top_k", "k": 2, "fractions": [0.5, 0.6]}, "sum to 1.1"),
         ({"method": "matryoshka_batch_top_k", "k": 2, "fractions": [0.001, 0.999]}, "a group would be empty"),
-        ({"method": "matryoshka_batch_top_k", "k": 2, "fractions": [0.5, 0.5], "weights": [1]}, "one for each"),
+        ({"method": "matryoshka_batch_top_k", "k": 2, "fractions": [0.5, 0.5], "weights": [1]}, "one per fraction"),
         ({"method": "p_anneal", "anneal_from": 0.9}, "anneal_from: got 0.9"),
         ({"method": "standard", "k": 3}, "k: unknown key; accepted are .*l1"),
         ({"method": "jump_relu"}, "target_l0: Field required"),

@@ -201,13 +201,13 @@ def test_geometric_median_of_a_symmetric_cloud_ignores_an_outlier() -> None:
 
 def test_export_before_a_threshold_is_tracked_takes_the_last_batch() -> None:
     run = Run(BatchTopKConfig(name="x", width=96, k=4, k_anneal=0), TrainConfig(tokens=51200, batch=512), 32)
-    with pytest.raises(ValueError, match=r"saes\.x: no step was made"):
+    with pytest.raises(ValueError, match=r"saes\.x: no step has been made"):
         run.export()
     run.step(planted(0))
     assert run.memory.threshold < 0
     assert torch.equal(run.export().threshold, run.memory.smallest.expand(96))
     run.sae.W_enc.data[3, 2] = float("nan")
-    with pytest.raises(ValueError, match=r"saes\.x: W_enc hold NaN"):
+    with pytest.raises(ValueError, match=r"saes\.x: W_enc contain NaN"):
         run.export()
 
 
@@ -318,19 +318,19 @@ def test_refusals_come_before_the_model_is_loaded(
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.tex").write_text("all my work")
-    with pytest.raises(ValueError, match=r"output: .*holds something else \(thesis\.tex\)"):
+    with pytest.raises(ValueError, match=r"output: .*contains files that c2r did not write \(thesis\.tex\)"):
         train(run_config(full, tiny_models["llama"], corpus), overwrite=True)
     assert (full / "thesis.tex").exists()
-    with pytest.raises(ValueError, match="cannot make the folder"):
+    with pytest.raises(ValueError, match="cannot create the folder"):
         train(run_config(full / "thesis.tex", tiny_models["llama"], corpus))
     with pytest.raises(ValueError, match=r"data\.path: no file matches"):
         train(run_config(tmp_path / "a", tiny_models["llama"], tmp_path / "nowhere"))
     (full / "thesis.tex").unlink()
     (full / "run.yaml").write_text("seed: 0")  # a user's own file of that name
-    with pytest.raises(ValueError, match=r"holds something else \(run\.yaml\)"):
+    with pytest.raises(ValueError, match=r"contains files that c2r did not write \(run\.yaml\)"):
         train(run_config(full, tiny_models["llama"], corpus), overwrite=True)
     (full / "run.yaml").write_text(RUN_MARK + "seed: 0")
-    with pytest.raises(ValueError, match="earlier run; give another folder, or --overwrite"):
+    with pytest.raises(ValueError, match=r"cannot resume the run in .*configuration has changed"):
         train(run_config(full, tiny_models["llama"], corpus))
     long = {"source": "files", "path": str(corpus), "context": 65}
     monkeypatch.undo()
