@@ -3,7 +3,7 @@
 A method consists of a few functions of a `Step`. If it keeps state between steps, it names a dataclass of numbers and
 tensors; the instance is available as `Step.memory` and is saved in checkpoints.
 
-B tokens in a batch · D width of the activations · C class of the method's configuration.
+B tokens in a batch · D width of the activations.
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_kept(
     monkeypatch.setattr(checkpoint, "FORMAT", other)
     write_checkpoint(tmp_path / "checkpoints" / "step_00000001", STATE)
     monkeypatch.undo()
-    expected = f"step_00000001: a checkpoint of format {other}; this version of c2r reads {checkpoint.FORMAT}"
+    expected = f"step_00000001: checkpoint format {other}; this version of c2r reads format {checkpoint.FORMAT}"
     with pytest.raises(ValueError, match=expected):
         latest_checkpoint(tmp_path, skip_damaged=True)
     assert len(list_checkpoints(tmp_path)) == 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from c2r.kernels.codes import Acts, fired, l0
 
 ALIVE_TOKENS = 500_000
-"""The log counts a latent as alive if it fired within the last this many tokens."""
+"""Number of most recent tokens within which a latent must have fired to count as alive in the log."""
 SPARSE_BELOW = 0.03
 """If less than this fraction of activations is non-zero, the sparse step is faster (benchmarks/sparse.py)."""
 

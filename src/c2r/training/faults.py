@@ -1,4 +1,7 @@
-"""Checks for what can go wrong in training, with advice; tensors with NaN or infinity are saved for inspection."""
+"""Checks for what can go wrong in training, with advice; tensors with NaN or infinity are saved for inspection.
+
+B tokens in a batch · D width of the activations.
+"""
 
 from __future__ import annotations
 

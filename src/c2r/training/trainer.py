@@ -1,4 +1,7 @@
-"""A complete training run: one stream of activations, any number of SAEs trained on it, one folder per SAE."""
+"""A complete training run: one stream of activations, any number of SAEs trained on it, one folder per SAE.
+
+B tokens in a batch · D width of the activations.
+"""
 
 from __future__ import annotations
 
