@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: a line early, then few, and the last."""
+"""Progress without a terminal: one line early, few in between, one at the end."""
 
 import io
 
@@ -11,7 +11,7 @@ from c2r.progress import progress_bar
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds, moved by hand."""
+    """A clock that the test advances."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -32,7 +32,7 @@ def test_lines_tell_what_is_done_the_rate_and_the_time_left(clock: list[float]) 
         for _ in range(20):
             clock[0] += 8
             bar.advance(task, 2000)
-    assert lines_of(console) == [  # not wrapped, nor more often than every 20 seconds
+    assert lines_of(console) == [  # not wrapped, and at most one every 20 seconds
         "core evaluation of many SAEs on text: 2,000/40,000 tokens, 250/s, 2.5 min left",
         "core evaluation of many SAEs on text: 8,000/40,000 tokens, 250/s, 2.1 min left",
         "core evaluation of many SAEs on text: 14,000/40,000 tokens, 250/s, 1.7 min left",
@@ -45,7 +45,7 @@ def test_lines_tell_what_is_done_the_rate_and_the_time_left(clock: list[float]) 
 
 
 def test_more_than_was_announced_is_said_once(clock: list[float]) -> None:
-    """A text is read in whole batches, so that a little more than what was asked for is done."""
+    """Text is read in whole batches, so slightly more than the total may be processed."""
     console = file_console()
     with progress_bar(console) as bar:
         task = bar.add_task("core", total=100)

@@ -1,4 +1,4 @@
-"""Files whole or not at all, folders that are marked and held, and what is removed of them."""
+"""Atomic writing of files, marks and locks of folders, and what is deleted from them."""
 
 import os
 import signal
@@ -87,7 +87,7 @@ def test_a_folder_of_something_else_is_not_taken(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["checkpoints"]
     taken(tmp_path / "cache")
     assert strangers(tmp_path / "cache", "run") == []
-    assert strangers(tmp_path / "cache", "cache") == [MARK]  # a run's folder is no place for a cache
+    assert strangers(tmp_path / "cache", "cache") == [MARK]  # a run's folder cannot become a cache
 
 
 def test_a_mark_that_was_not_finished_is_finished(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run's YAML: what is accepted, and that every refusal names the field, what was given and what is accepted."""
+"""A run's YAML: accepted values, and error messages that name the field, what was given and what is accepted."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""YAML that says something twice, nothing, or something else than it seems to."""
+"""YAML with duplicate keys, missing values, or values that YAML 1.1 would read differently."""
 
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def test_faults_name_the_line(text: str, says: str, tmp_path: Path) -> None:
 def test_merging_and_anchors(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, RUN), ("saes.0.c2r.strength=0.3", "saes.1.k=4"))
     strengths = [sae.c2r.strength for sae in config.saes if sae.c2r is not None]
-    assert strengths == [0.3, 0.9]  # what is set in one SAE does not reach the other
+    assert strengths == [0.3, 0.9]  # an override of one SAE does not change the other
     assert [sae.k for sae in config.saes] == [2, 4]  # pyright: ignore[reportAttributeAccessIssue]
     assert config.train.lr == 1e-3
     nested = "p: {q: {r: &x {<<: &y {a: 1, b: 2}, b: 3}}}\ns: {<<: [*x, {c: 4}], a: 5}\n"

@@ -1,4 +1,4 @@
-"""SAE folders of other versions and other hands: opened as their own library means them, or refused by name."""
+"""SAE folders of older versions and other libraries: equivalent to the original, or refused with the reason."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ X = torch.randn(30, D, generator=torch.Generator().manual_seed(1))
 
 
 def by_hand(weights: dict[str, Tensor], k: int | None = None) -> tuple[Tensor, Tensor]:
-    """Activations and reconstruction of X, as SAELens's `standard` and `topk` have them."""
+    """Activations and reconstruction of X, as SAELens's `standard` and `topk` compute them."""
     pre = (X - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
     acts = pre.relu()
     if k is not None:

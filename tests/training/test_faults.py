@@ -1,4 +1,4 @@
-"""What goes wrong in long runs: full disks, numbers that are none, sources that end, too little memory, pickles."""
+"""Failures in long runs: full disks, NaN and infinity, sources that end, too little memory, pickles."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ def every(config: RunConfig, steps: int, **section: Any) -> RunConfig:
 
 
 def goes_on_as_if_nothing_had_been(config: RunConfig, whole: Path) -> None:
-    """The run in its folder, started again, ends with the weights of one that was never disturbed."""
+    """Restarting the run ends with the weights of an uninterrupted run."""
     train(config)
     same_run(whole, config.output)
 
@@ -46,7 +46,7 @@ def goes_on_as_if_nothing_had_been(config: RunConfig, whole: Path) -> None:
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """No file of this process can grow beyond `size` bytes: the system itself refuses."""
+    """Limit this process's files to `size` bytes, enforced by the operating system."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -62,7 +62,7 @@ def test_a_disk_that_refuses_a_checkpoint_leaves_the_last_one_whole(
     original = Checkpoints.save
 
     def save(self: Checkpoints, step: int, state: dict[str, Any]) -> Path:
-        with files_of_at_most(30_000 if step > 10 else 10**9):  # an SAE's folder has less, a checkpoint more
+        with files_of_at_most(30_000 if step > 10 else 10**9):  # larger than an SAE's folder, smaller than a checkpoint
             return original(self, step, state)
 
     monkeypatch.setattr(Checkpoints, "save", save)
@@ -117,14 +117,14 @@ def test_a_disk_too_small_is_refused_before_training(tmp_path: Path, monkeypatch
         train(known_run(tmp_path / "run"))
     assert not (tmp_path / "run" / "run.yaml").exists()
     train(every(known_run(tmp_path / "run"), 10, keep_checkpoints=1))
-    # What is there already is not asked for again.
+    # Space used by existing checkpoints is not required again.
     held = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").rglob("*.*"))
     monkeypatch.setattr(faults.shutil, "disk_usage", lambda path: usage._replace(free=130_000 - held))
     shutil.rmtree(tmp_path / "run" / "c2r")
     train(every(known_run(tmp_path / "run"), 10, keep_checkpoints=1))
 
 
-# Numbers
+# NaN and infinity
 
 
 def test_a_loss_that_is_no_number_keeps_its_batch_and_the_last_good_checkpoint(
@@ -171,7 +171,7 @@ def test_weights_that_are_no_numbers_are_not_kept(tmp_path: Path, monkeypatch: p
 
 @pytest.fixture
 def model_with_a_hole(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
-    """The tiny model, to which # is no number."""
+    """The tiny model, with NaN as the embedding of #."""
     lm = load_language_model(ModelConfig(name=str(tiny_models["llama"])))
     (token,) = lm.tokenizer("#", add_special_tokens=False)["input_ids"]
     lm.model.get_input_embeddings().weight[token] = float("nan")
@@ -341,7 +341,7 @@ def test_memory_that_runs_out_again_while_saving_keeps_the_other_saes(
 
 
 class Code:
-    """Makes a folder where it is unpickled."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -363,7 +363,7 @@ def test_a_language_model_with_code_in_its_pickle_is_refused(
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
-    assert load_language_model(ModelConfig(name=str(folder))).d_in == 16  # tensors alone are read
+    assert load_language_model(ModelConfig(name=str(folder))).d_in == 16  # a pickle that contains only tensors is read
     torch.save(weights | {"more": Code(tmp_path / "ran")}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"model\.name: .*model' holds a pickle with code in it, which was not run"):
         train(run_config(tmp_path / "run", folder, corpus))

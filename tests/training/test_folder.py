@@ -1,4 +1,4 @@
-"""A run's folder: what a user put there lives on, what is another program's is refused, what is ours is removed."""
+"""A run's folder: the user's files are kept, other programs' folders are refused, c2r's own files are deleted."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ from small_runs import changed, signalled
 
 
 def theirs(folder: Path) -> list[str]:
-    """What a user put beside and into a run; the names."""
+    """Add a user's files to a run's folder; return their names."""
     names = [
         "notes.txt", "checkpoints/best.pt", "checkpoints/step_final/model.pt", "wandb/run-1-theirs/log.txt",
         "baseline/README.md", "evaluations/figure.png", "report.html",
@@ -33,7 +33,7 @@ def theirs(folder: Path) -> list[str]:
 
 
 def test_what_a_user_put_beside_a_run_outlives_it(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through resumption, the end of many checkpoints, and overwriting."""
+    """They survive resuming, the deletion of old checkpoints, and overwriting."""
     config = changed(known_run(tmp_path / "run"), checkpoint_every=2, keep_checkpoints=1)
     signalled(monkeypatch, {9: [signal.SIGINT], 20: [signal.SIGINT]})
     with pytest.raises(Stopped):

@@ -1,4 +1,4 @@
-"""Every method: what it encodes, what it saves, that C²R acts on it; starting from an SAE; the ablations."""
+"""Every method: encoding, saving and the effect of C²R; warm starts; the ablations."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def test_c2r_lowers_cosines_and_keeps_the_reconstruction(method: str) -> None:
     cosine = [nearest_neighbors(sae.W_dec.detach()).cosine.mean().item() for sae in (plain(method), pressed)]
     assert cosine[1] < cosine[0]
     assert explained(plain(method), x) > 0.6
-    # A fixed number of latents a token serves merged rows, which C²R presses apart (docs/methods.md): it costs more.
+    # A fixed number of latents per token favours merged rows, which C²R separates (docs/methods.md): it costs more.
     allowed = 0.05 if method in ("top_k", "abs_top_k") else 0.02
     assert explained(pressed, x) > explained(plain(method), x) - allowed
 
@@ -118,7 +118,7 @@ def test_bfloat16_product(method: str) -> None:
     assert explained(half, fresh()) == pytest.approx(explained(plain(method), fresh()), abs=0.05)
 
 
-# What C²R sees
+# What C²R acts on
 
 
 @pytest.mark.parametrize("method", list(SECTIONS))
@@ -153,7 +153,7 @@ def test_ort_and_c2r_share_one_search(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(searches) == 3
 
 
-# The pieces, by hand
+# Single functions, computed by hand
 
 
 def test_lp_by_hand_and_without_nan() -> None:
@@ -278,7 +278,7 @@ def test_public_names_of_methods() -> None:
 
 @pytest.fixture
 def examples() -> Iterator[list[str]]:
-    """The Python of CONTRIBUTING.md, whose methods leave the tables afterwards."""
+    """The Python code in CONTRIBUTING.md; its methods are removed from the tables afterwards."""
     before = dict(SECTIONS), dict(METHODS)
     yield re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
     for table, entries in zip((SECTIONS, METHODS), before, strict=True):

@@ -1,4 +1,4 @@
-"""A run that is stopped and started again: by signals, with other settings, in a folder that holds something."""
+"""Stopping and restarting runs: by signals, with changed settings, in folders with other content."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_a_run_stopped_by_signals_ends_as_an_undisturbed_one(
         train(run_config(whole, tiny_models["llama"], corpus))
     signalled(monkeypatch, {4: [signal.SIGINT], 11: [signal.SIGTERM], 12: [signal.SIGINT]})
     batch = config.train.batch
-    for steps, name in ((5, "SIGINT"), (12, "SIGTERM"), (13, "SIGINT")):  # the step under way ends
+    for steps, name in ((5, "SIGINT"), (12, "SIGTERM"), (13, "SIGINT")):  # the current step is completed
         with pytest.raises(Stopped, match=name) as stopped:
             train(config)
         assert stopped.value.status == 128 + getattr(signal, name)
@@ -50,7 +50,7 @@ def test_a_run_stopped_by_signals_ends_as_an_undisturbed_one(
         assert state["tokens"] == steps * batch
         assert state["stopped"] == f"Stopped: stopped by {name}"
     assert len(list_checkpoints(tmp_path / "parts")) == 2
-    # What a killed process may have written after its checkpoint is cut off.
+    # Anything a killed process logged after its checkpoint is truncated.
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"sae": "baseline", "step": 14, "tok')
     train(config)
@@ -144,13 +144,13 @@ def test_another_configuration_is_refused_with_the_difference(
     assert "saes.0.width: was 24, is now 32" in lines
     assert 'saes.1.name: was "c2r", is now unset' in lines
     assert "seed: was 0, is now 7" in lines
-    # The record may have been edited; what the checkpoint says counts.
+    # run.yaml may have been edited; the configuration in the checkpoint decides.
     record = tmp_path / "run" / "run.yaml"
     record.write_text(record.read_text().replace("lr: 0.003", "lr: 0.1"))
     with pytest.raises(ValueError, match=r"train\.lr: was 0.003, is now 0.1"):
         train(changed(config, lr=0.1))
     record.write_text(record.read_text().replace("lr: 0.1", "lr: 0.003"))
-    # What has no say in the weights may change, and the record says so.
+    # Settings that do not affect the weights may change, and the change is recorded.
     train(changed(config, log_every=5, checkpoint_every=10, keep_checkpoints=1))
     assert "checkpoint_every: 10" in record.read_text()
     assert len(list_checkpoints(tmp_path / "run")) == 1
@@ -233,7 +233,7 @@ def test_a_run_that_goes_on_needs_its_first_weights_no_more(tmp_path: Path, monk
 
 
 def test_torchs_own_generator_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No method draws from it, but a method of a user's own may."""
+    """None of c2r's methods uses it, but a user's own method may."""
     original = Run.step
 
     def step(self: Run[Any], x: torch.Tensor) -> dict[str, torch.Tensor]:

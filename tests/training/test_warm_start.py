@@ -1,4 +1,4 @@
-"""Starting from an SAE that exists."""
+"""Warm start from an existing SAE."""
 
 import json
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_what_cannot_be_started_from_is_named(tmp_path: Path) -> None:
 
 
 def foreign(folder: Path, norms: torch.Tensor, **says: Any) -> Path:
-    """A folder of SAELens's `standard` (or as `says`) with decoder rows of these norms."""
+    """An SAELens folder, `standard` unless `says` overrides it, whose decoder rows have these norms."""
     W_dec = torch.nn.functional.normalize(
         torch.randn(len(norms), TREE.d_in, generator=torch.Generator().manual_seed(0))
     )
