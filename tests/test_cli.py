@@ -93,7 +93,9 @@ def test_the_demo_overwrites_itself_alone(tmp_path: Path, monkeypatch: pytest.Mo
     assert not _is_a_demo(tmp_path, config)
     (tmp_path / "run.yaml").write_text((files("c2r") / "assets" / "demo.yaml").read_text())
     assert _is_a_demo(tmp_path, config)
-    with pytest.raises(ValueError, match="holds something else"):  # the file lacks the mark of a recorded run
+    with pytest.raises(
+        ValueError, match="contains files that c2r did not write"
+    ):  # the file lacks the mark of a recorded run
         run_demo(tmp_path)
 
 

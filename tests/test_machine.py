@@ -1,4 +1,4 @@
-"""What a machine computes fast, by its features: a rule that no stopwatch decides, and the record of what it chose."""
+"""Choice of precision from the processor's features, without timing, and the record of the choice."""
 
 import json
 import time
@@ -90,7 +90,7 @@ def test_without_onednn_nothing_is_fast_but_fp32(monkeypatch: pytest.MonkeyPatch
 
 
 def on_a(monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...], *, exact: bool = True) -> None:
-    """Have the process believe that its CPU has these features, and that its int8 products are `exact`."""
+    """Pretend that the CPU has these features, and that its int8 products are exact if `exact`."""
     for module in (machine, precision):
         monkeypatch.setattr(module, "cpu_features", lambda: features)
     monkeypatch.setattr(precision, "coarse_works", lambda: exact)
@@ -106,7 +106,7 @@ def on_a(monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...], *, exact: b
         (BF16, {"selection": "product"}, (torch.bfloat16, False)),
         (BF16, {"precision": "bfloat16"}, (torch.bfloat16, False)),
         (BF16, {"precision": "bfloat16", "selection": "int8"}, (torch.bfloat16, True)),
-        (BF16, {"batch": 2040}, (torch.bfloat16, False)),  # no whole groups of tokens
+        (BF16, {"batch": 2040}, (torch.bfloat16, False)),  # not a multiple of the group size
         (VNNI, {}, (torch.float32, True)),
         (CLIENT, {}, (torch.float32, False)),
         (AVX2, {}, (torch.float32, False)),
@@ -120,11 +120,11 @@ def test_what_a_run_trains_in(
     assert quick_dtype(CPU) == fast_dtype(features)
     found = TrainConfig(tokens=10**6, **settings)
     assert choose_precision(BatchTopKConfig(name="x", width=16384, k=32), found, CPU) == expected
-    # Methods that do not select from the batch have no use for candidates, and few latents are not worth them.
+    # No candidates for methods that do not select per batch, or with few latents.
     assert choose_precision(SECTIONS["top_k"](name="x", width=16384, k=32), found, CPU) == (expected[0], False)
     if "selection" not in settings:
         assert not choose_precision(BatchTopKConfig(name="x", width=1024, k=32), found, CPU).int8
-    # What the record says chooses the same again, on any machine that can.
+    # The recorded values reproduce the choice on any machine that supports it.
     record = Precision(*expected).record
     on_a(monkeypatch, BF16)
     again = TrainConfig(tokens=10**6, **({"batch": 2048} | settings | record))
@@ -144,8 +144,8 @@ def test_no_stopwatch_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("settings", "device", "exact", "says"),
     [
-        ({}, "cuda", True, "needs a CPU and the device is 'cuda'"),
-        ({"batch": 100}, "cpu", True, "multiple of 32 and train.batch is 100"),
+        ({}, "cuda", True, "needs a CPU, and the device is 'cuda'"),
+        ({"batch": 100}, "cpu", True, "multiple of 32, and train.batch is 100"),
         ({}, "cpu", False, "int8 products are not exact .*avx2"),
     ],
 )
@@ -220,9 +220,11 @@ def test_int8_that_a_resumed_run_loses_is_reported_and_recorded(monkeypatch: pyt
         assert resumed.precision == (torch.float32, exact)
         assert resumed.machines[-1]["selection"] == ("int8" if exact else "product")
         lost[exact] = precision_lines({"x": resumed.precision}, {"x": state})
-    assert lost[True] == ["encoder product in float32, candidates by int8"]
+    assert lost[True] == ["encoder product in float32, int8 candidate search"]
     assert lost[False][0] == "encoder product in float32"
-    assert lost[False][1].startswith("x: began with candidates by int8, which this machine does not have")
+    assert lost[False][1].startswith(
+        "x: training began with int8 candidate search, which this machine does not support"
+    )
 
 
 def test_saes_of_several_precisions_are_told_apart() -> None:
@@ -232,6 +234,6 @@ def test_saes_of_several_precisions_are_told_apart() -> None:
         "c": Precision(torch.bfloat16, True),
     }
     assert precision_lines(now, {}) == [
-        "encoder product in bfloat16, candidates by int8: a, c",
+        "encoder product in bfloat16, int8 candidate search: a, c",
         "encoder product in bfloat16: b",
     ]

@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: a line early, then few, and the last."""
+"""Progress without a terminal: one line early, few in between, one at the end."""
 
 import io
 
@@ -11,7 +11,7 @@ from c2r.progress import progress_bar
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds, moved by hand."""
+    """A clock that the test advances."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -32,7 +32,7 @@ def test_lines_tell_what_is_done_the_rate_and_the_time_left(clock: list[float]) 
         for _ in range(20):
             clock[0] += 8
             bar.advance(task, 2000)
-    assert lines_of(console) == [  # not wrapped, nor more often than every 20 seconds
+    assert lines_of(console) == [  # not wrapped, and at most one every 20 seconds
         "core evaluation of many SAEs on text: 2,000/40,000 tokens, 250/s, 2.5 min left",
         "core evaluation of many SAEs on text: 8,000/40,000 tokens, 250/s, 2.1 min left",
         "core evaluation of many SAEs on text: 14,000/40,000 tokens, 250/s, 1.7 min left",
@@ -40,12 +40,12 @@ def test_lines_tell_what_is_done_the_rate_and_the_time_left(clock: list[float]) 
         "core evaluation of many SAEs on text: 26,000/40,000 tokens, 250/s, 56 s left",
         "core evaluation of many SAEs on text: 32,000/40,000 tokens, 250/s, 32 s left",
         "core evaluation of many SAEs on text: 38,000/40,000 tokens, 250/s, 8 s left",
-        "core evaluation of many SAEs on text: 40,000/40,000 tokens, 250/s, 2.7 min in all",
+        "core evaluation of many SAEs on text: 40,000/40,000 tokens, 250/s, 2.7 min in total",
     ]
 
 
 def test_more_than_was_announced_is_said_once(clock: list[float]) -> None:
-    """A text is read in whole batches, so that a little more than what was asked for is done."""
+    """Text is read in whole batches, so slightly more than the total may be processed."""
     console = file_console()
     with progress_bar(console) as bar:
         task = bar.add_task("core", total=100)
@@ -55,7 +55,7 @@ def test_more_than_was_announced_is_said_once(clock: list[float]) -> None:
     assert lines_of(console) == [
         "core: 30/100, 2/s, 35 s left",
         "core: 90/100, 2/s, 5 s left",
-        "core: 120/100, 2/s, 1.0 min in all",
+        "core: 120/100, 2/s, 1.0 min in total",
     ]
 
 
@@ -75,7 +75,7 @@ def test_nothing_done_says_nothing_and_one_step_is_said_at_its_end(clock: list[f
         clock[0] += 65
         bar.update(task, total=1, completed=1)
         list(bar.track([], description="empty"))
-    assert lines_of(console) == ["one step: 1/1, 0.015/s, 1.1 min in all"]
+    assert lines_of(console) == ["one step: 1/1, 0.015/s, 1.1 min in total"]
 
 
 def test_a_terminal_has_a_bar() -> None:

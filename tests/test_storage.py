@@ -1,4 +1,4 @@
-"""Files whole or not at all, folders that are marked and held, and what is removed of them."""
+"""Atomic writing of files, marks and locks of folders, and what is deleted from them."""
 
 import os
 import signal
@@ -80,12 +80,14 @@ def test_what_cannot_be_written_is_found_without_writing(tmp_path: Path, monkeyp
 
 def test_a_folder_of_something_else_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match=r"output: .* holds something else \(checkpoints\); give a new or empty"):
+    with pytest.raises(
+        ValueError, match=r"output: .* contains files that c2r did not write \(checkpoints\); choose a new or empty"
+    ):
         taken(tmp_path)
     assert os.listdir(tmp_path) == ["checkpoints"]
     taken(tmp_path / "cache")
     assert strangers(tmp_path / "cache", "run") == []
-    assert strangers(tmp_path / "cache", "cache") == [MARK]  # a run's folder is no place for a cache
+    assert strangers(tmp_path / "cache", "cache") == [MARK]  # a run's folder cannot become a cache
 
 
 def test_a_mark_that_was_not_finished_is_finished(tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_a_mark_that_was_not_finished_is_finished(tmp_path: Path) -> None:
         assert (taken(folder) / MARK).read_bytes() == first
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / MARK).write_text("another program's")
-    with pytest.raises(ValueError, match=r"something else \(\.c2r\)"):
+    with pytest.raises(ValueError, match=r"did not write \(\.c2r\)"):
         taken(tmp_path / "c")
 
 
@@ -177,7 +179,7 @@ def test_readers_share_and_keep_writers_out(tmp_path: Path) -> None:
             taken(folder)
         assert busy.value.readers
     with held(folder, "run", "output", "training in"):
-        with pytest.raises(Busy, match=r"cache\.path: another process is writing in"), read_held(folder, "cache.path"):
+        with pytest.raises(Busy, match=r"cache\.path: another process is writing to"), read_held(folder, "cache.path"):
             pass
         with pytest.raises(Busy) as busy:
             taken(folder)

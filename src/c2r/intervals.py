@@ -1,4 +1,4 @@
-"""95 % intervals over a few evaluation seeds."""
+"""95 % confidence intervals over a few evaluation seeds."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def interval_95(values: Sequence[float]) -> Interval | None:
 
 
 def share_interval_95(values: Sequence[float]) -> Interval | None:
-    """The same for the mean of shares, cut at 0 and 1.
+    """`interval_95` for the mean of fractions, clipped to [0, 1].
 
-    A mean share lies between 0 and 1, so the part beyond never holds it, and cutting it off loses no coverage.
+    The mean of fractions is between 0 and 1, so clipping does not reduce coverage.
     """
     found = interval_95(values)
     return None if found is None else (max(0.0, found[0]), min(1.0, found[1]))
@@ -33,6 +33,6 @@ def paired_interval_95(first: Sequence[float], last: Sequence[float]) -> Interva
     """Student's 95 % interval for the mean of `last` − `first`, paired value by value; None for fewer than two pairs.
 
     Raises:
-        ValueError: not as many of one as of the other.
+        ValueError: the two sequences have different lengths.
     """
     return interval_95([b - a for a, b in zip(first, last, strict=True)])

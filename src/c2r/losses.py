@@ -1,6 +1,6 @@
-"""Terms of the training objectives: pure functions of one forward pass, each a scalar.
+"""Loss terms: pure functions of one forward pass, each a scalar.
 
-B tokens in a batch · D width of the activations · F latents · Z dead latents.
+B tokens in a batch · D width of the activations · F latents · N selected (token, latent) entries · Z dead latents.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from c2r.sae.model import SAE
 
 
 class Encoded(NamedTuple):
-    """What a method's encoder emits."""
+    """Output of a method's encoder."""
 
     acts: Acts
-    """What is decoded."""
+    """The activations to decode."""
     gate: Acts | None = None
-    """gated: the gate's ReLU'd pre-activations, which is what L1 and C²R see."""
+    """For gated: ReLU of the gate's pre-activations, on which L1 and C²R act."""
     pre: Acts | None = None
-    """jump_relu: pre-activations, all those near or above their threshold."""
+    """For jump_relu: the pre-activations (if sparse, those near or above their threshold)."""
     ends: tuple[int, ...] = ()
-    """matryoshka: where the prefixes of latents end that must reconstruct alone; empty where only all must."""
+    """For matryoshka: ends of the prefixes of latents that must each reconstruct; empty otherwise."""
     found_by_int8: bool = False
-    """batch-top-k: whether a product in int8 found the candidates."""
+    """For batch-top-k: whether an int8 product found the candidates."""
 
     @property
     def penalised(self) -> Acts:
-        """The activations that C²R sees."""
+        """The activations on which C²R acts."""
         return self.acts if self.gate is None else self.gate
 
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward pass, for the terms to read."""
+    """One forward pass, the input of the loss terms."""
 
     sae: SAE
     x_BD: Tensor
     encoded: Encoded
     dead_F: Tensor
-    """Latents that have been silent for too long, bool `[F]`."""
+    """Dead latents, bool `[F]`."""
 
     @cached_property
     def prefixes(self) -> list[Tensor]:
-        """Reconstruction `[B, D]` from each prefix of latents; the last from all of them."""
+        """Reconstructions `[B, D]`, one per prefix of latents; the last uses all latents."""
         sae, acts = self.sae, self.encoded.acts
         if not self.encoded.ends:
             return [decode(acts, sae.W_dec, sae.b_dec)]
@@ -63,7 +63,7 @@ class Forward:
 
 
 def reconstruction(forward: Forward, weights: tuple[float, ...] = (1.0,)) -> Tensor:
-    """Mean over tokens of ‖x − x̂‖², summed over prefixes with weights (Bussmann et al. 2025, arXiv 2503.17547)."""
+    """Mean over tokens of ‖x − x̂‖², as a weighted sum over prefixes (Bussmann et al. 2025, arXiv 2503.17547)."""
     errors = [
         weight * (forward.x_BD - x_hat_BD).square().sum(1).mean()
         for weight, x_hat_BD in zip(weights, forward.prefixes, strict=True)
@@ -72,10 +72,10 @@ def reconstruction(forward: Forward, weights: tuple[float, ...] = (1.0,)) -> Ten
 
 
 def aux_k(forward: Forward, k: int, *, signed: bool = False) -> Tensor:
-    """The residual's FVU when the top `k` dead latents a token reconstruct it (Gao et al. 2024, arXiv 2406.04093).
+    """AuxK: FVU of the residual when the top `k` dead latents reconstruct it (Gao et al. 2024, arXiv 2406.04093).
 
-    The residual is data here; the gradient reaches the dead latents' encoder and decoder rows and no other. With
-    `signed` they are the top in absolute value, with their sign.
+    The residual is detached, so that only the dead latents' encoder and decoder rows receive a gradient. With `signed`,
+    each token's latents largest in absolute value are used, with their sign.
     """
     dead_Z = forward.dead_F.nonzero().squeeze(1)
     if len(dead_Z) == 0:
@@ -92,7 +92,7 @@ def aux_k(forward: Forward, k: int, *, signed: bool = False) -> Tensor:
 
 
 def l1(acts: Acts, norms_F: Tensor | None = None) -> Tensor:
-    """Mean over tokens of Σ f_i, or of Σ f_i·‖d_i‖ for decoders whose norms are free."""
+    """Mean over tokens of Σ f_i, or of Σ f_i·‖d_i‖ if the decoder norms `norms_F` are given."""
     values, tokens = _values(acts)
     if norms_F is not None:
         values = values * (norms_F[acts.support.latents_N] if isinstance(acts, Codes) else norms_F)
@@ -102,7 +102,7 @@ def l1(acts: Acts, norms_F: Tensor | None = None) -> Tensor:
 def lp(acts: Acts, p: float, floor: float = 1e-6) -> Tensor:
     """Mean over tokens of Σ f_iᵖ (Karvonen et al. 2024, arXiv 2408.00113).
 
-    Below `floor` an activation counts as 0 and has no gradient; fᵖ has an unbounded one there.
+    Activations below `floor` count as 0 and have no gradient, since the gradient of fᵖ is unbounded near 0.
     """
     values, tokens = _values(acts)
     active = values > floor
@@ -110,12 +110,12 @@ def lp(acts: Acts, p: float, floor: float = 1e-6) -> Tensor:
 
 
 def _values(acts: Acts) -> tuple[Tensor, int]:
-    """The activations in either form, and the number of tokens."""
+    """The activations' values, and the number of tokens."""
     return (acts.values_N, acts.support.batch) if isinstance(acts, Codes) else (acts, len(acts))
 
 
 def gate_reconstruction(forward: Forward) -> Tensor:
-    """Mean ‖x − x̂‖² of what the gate alone would reconstruct; the decoder is held still (arXiv 2404.16014)."""
+    """Mean over tokens of ‖x − x̂‖² for x̂ decoded from the gate alone; the decoder is detached (arXiv 2404.16014)."""
     assert forward.encoded.gate is not None
     x_hat_BD = decode(forward.encoded.gate, forward.sae.W_dec.detach(), forward.sae.b_dec.detach())
     return (forward.x_BD - x_hat_BD).square().sum(1).mean()

@@ -1,11 +1,11 @@
-"""What this machine computes fast: a rule on the processor's features decides, not a stopwatch.
+"""Chooses the fastest precision for this machine, from the processor's features and not from timings.
 
-Two runs of one configuration on one machine must give the same bits, and a timing comes out differently on a busy
-machine. So the rule reads which instructions the processor has:
+Two runs of the same configuration on the same machine must give bit-identical results, but timings vary with the
+machine's load. The choice therefore depends only on the processor's instruction sets:
 
-| instructions | product | candidates for batch-top-k |
+| instruction sets | encoder product | candidates for batch-top-k |
 |---|---|---|
-| AMX (`amx_tile`, `amx_bf16`) | bfloat16 | from the product: AMX makes it as fast as int8 with its rounding |
+| AMX (`amx_tile`, `amx_bf16`) | bfloat16 | from the product: with AMX it is as fast as int8 including its rounding |
 | AVX-512 with `avx512_bf16`, no AMX | bfloat16 | int8 with `avx512_vnni`, from 224 latents per firing one |
 | `avx512_vnni` alone | float32 | int8, from 96 latents per firing one |
 | anything else (AVX2, `avx_vnni`, ARM) | float32 | from the product |
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
-"""Instruction sets on which the rule looks, or which explain it, as Linux names them."""
+"""Instruction sets that the rule uses or that help to explain its choice, as named by Linux."""
 _AVX512 = frozenset(FEATURES[:5])
 _AVX2 = frozenset({"avx2"})
 _ONEDNN_LIMITS = {
@@ -40,19 +40,20 @@ _ONEDNN_LIMITS = {
     "AVX512_CORE_FP16": _AVX512,
     "AVX10_1_512": _AVX512,
 }
-"""What oneDNN uses at most under a value of its environment variable ONEDNN_MAX_CPU_ISA; others do not limit it."""
+"""Features that oneDNN may use, by value of ONEDNN_MAX_CPU_ISA; other values impose no limit."""
 _ATEN_LIMITS = {"default": frozenset[str](), "avx2": _AVX2 | {"avx_vnni"}}
 """The same for PyTorch's ATEN_CPU_CAPABILITY."""
 _FROM_WITH_BF16, _FROM_WITH_FP32 = 224, 96
-"""Latents per firing one from which int8 candidates pay. Next to a bf16 product 128 lost 7 % and 512 gained 11 %; next
-to an fp32 product int8 gains more (docs/performance.md)."""
+"""Smallest ratio of latents to active latents (F / k) at which int8 candidates are faster. Compared with a bf16
+product, int8 was 7 % slower at 128 and 11 % faster at 512; compared with an fp32 product it gains more
+(docs/explanation/numerics.md)."""
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one.
+    """The torch device with this name; `auto` is the GPU if there is one, otherwise the CPU.
 
     Raises:
-        ValueError: not a device, or not one that is here.
+        ValueError: not a device, or not available on this machine.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +61,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"train.device: got {name!r}, which cannot be used here; accepted: auto, cpu, cuda, cuda:0… "
+        raise ValueError(f"train.device: got {name!r}, which is not available; accepted are auto, cpu, cuda, cuda:0, … "
                          f"({str(error).splitlines()[0]})") from error  # fmt: skip
     return device
 
@@ -72,9 +73,9 @@ def fast_dtype(features: Iterable[str]) -> torch.dtype:
 
 
 def int8_pays(features: Iterable[str], width: int, k: int) -> bool:
-    """Whether an int8 product should find batch-top-k's candidates, where `k` of `width` latents fire.
+    """Whether an int8 product should find batch-top-k's candidates when `k` of `width` latents fire.
 
-    The candidates cost something to check, more where many latents fire.
+    Candidates have to be checked, so int8 gains less when many latents fire.
     """
     found = set(features)
     if _has_amx(found) or "avx512_vnni" not in found:
@@ -83,7 +84,7 @@ def int8_pays(features: Iterable[str], width: int, k: int) -> bool:
 
 
 def quick_dtype(device: torch.device) -> torch.dtype:
-    """The fast precision of large products on `device`: on a GPU bfloat16 unless it would be emulated."""
+    """The fast precision for large products on `device`; on a GPU, bfloat16 unless it would be emulated."""
     if device.type == "cpu":
         return fast_dtype(cpu_features())
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -93,14 +94,14 @@ def quick_dtype(device: torch.device) -> torch.dtype:
 
 @cache
 def cpu_features() -> tuple[str, ...]:
-    """Those of `FEATURES` that this CPU has and PyTorch may use; none where that is not known, or without oneDNN."""
+    """Those of `FEATURES` that this CPU has and PyTorch may use; empty if unknown or without oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return ()
     return usable_features(_cpu_flags(), os.environ)
 
 
 def usable_features(flags: Iterable[str], environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Those of `FEATURES` among `flags` that the environment's limits for oneDNN and PyTorch leave."""
+    """Those of `FEATURES` among `flags` that the environment variables of oneDNN and PyTorch permit."""
     found = set(FEATURES) & set(flags)
     of_onednn = environment.get("ONEDNN_MAX_CPU_ISA") or environment.get("DNNL_MAX_CPU_ISA", "")
     found &= _ONEDNN_LIMITS.get(of_onednn.upper(), found)
@@ -109,7 +110,7 @@ def usable_features(flags: Iterable[str], environment: Mapping[str, str]) -> tup
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What a result may depend on, to be recorded beside it: JSON values."""
+    """Properties of the machine that results may depend on, as JSON values to save with them."""
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {
         "device": device.type,
@@ -126,7 +127,7 @@ def _has_amx(features: set[str]) -> bool:
 
 
 def _cpu_flags() -> Iterable[str]:
-    """The CPU's instruction sets: from Linux, elsewhere from PyTorch where it reports them."""
+    """The CPU's instruction sets, from Linux; on other systems from PyTorch, if it reports them."""
     flags = _cpu_field("flags").split()
     if flags:
         return flags
@@ -135,7 +136,7 @@ def _cpu_flags() -> Iterable[str]:
 
 
 def _cpu_field(name: str, path: Path = Path("/proc/cpuinfo")) -> str:
-    """A field of the first processor in /proc/cpuinfo; empty where there is none."""
+    """A field of the first processor in /proc/cpuinfo; empty if there is none."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

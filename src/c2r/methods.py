@@ -1,8 +1,8 @@
-"""The methods, a row each: how activations are made, what is minimised besides C²R, and what the saved SAE is.
+"""All training methods: how they compute activations, their loss terms besides C²R, and the SAE they save.
 
-`docs/methods.md` lists the papers.
+`docs/explanation/methods.md` lists the papers.
 
-B tokens in a batch · F latents · N chosen places in a batch.
+B tokens in a batch · F latents · N selected (token, latent) entries in a batch.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def encode_jump_relu(step: Step[JumpReLUConfig]) -> Encoded:
     if not step.sparse_pays:
         pre_BF = step.encoder.dense(step.x_BD)
         return Encoded(jump_relu(pre_BF, threshold_F, bandwidth), pre=pre_BF)
-    # The entries that fire, and those slightly below their threshold, which count in its gradient.
+    # Include entries slightly below the threshold: they contribute to its gradient.
     support = support_above(step.encoder.scores(step.x_BD), threshold_F - bandwidth / 2 - step.sae.b_enc)
     pre_N = step.encoder.at(step.x_BD, support)
     acts_N = jump_relu(pre_N, threshold_F[support.latents_N], bandwidth)
@@ -60,7 +60,7 @@ def encode_jump_relu(step: Step[JumpReLUConfig]) -> Encoded:
 
 
 def encode_gated(step: Step[GatedConfig]) -> Encoded:
-    """f = magnitude where the gate is open; C²R sees the gate's activations, which alone decide what fires."""
+    """f = magnitude where the gate is open. C²R uses the gate's activations, since the gate decides what fires."""
     sae: Any = step.sae
     if not step.sparse_pays:
         pre_BF = step.encoder.dense(step.x_BD)
@@ -73,19 +73,19 @@ def encode_gated(step: Step[GatedConfig]) -> Encoded:
 
 
 def encode_top_k(step: Step[TopKConfig]) -> Encoded:
-    """The k largest positive of each token."""
+    """The k largest positive pre-activations of each token."""
     support = top_k_of_each_token(step.encoder.scores_by_token(step.x_BD), _k(step))
     return Encoded(Codes(F.relu(step.encoder.at(step.x_BD, support)), support))
 
 
 def encode_abs_top_k(step: Step[TopKConfig]) -> Encoded:
-    """The k of each token that are largest in absolute value, with their sign."""
+    """The k pre-activations of each token that are largest in absolute value, with their sign."""
     support = top_k_of_each_token(step.encoder.scores_by_token(step.x_BD), _k(step), signed=True)
     return Encoded(Codes(step.encoder.at(step.x_BD, support), support))
 
 
 def encode_batch_top_k(step: Step[TopKConfig]) -> Encoded:
-    """The B·k largest positive of the batch."""
+    """The B·k largest positive pre-activations of the batch."""
     sae, encoder, selection = step.sae, step.encoder, step.memory
     found = None
     if encoder.int8:
@@ -96,7 +96,7 @@ def encode_batch_top_k(step: Step[TopKConfig]) -> Encoded:
 
 
 def encode_matryoshka(step: Step[MatryoshkaConfig]) -> Encoded:
-    """As `encode_batch_top_k`, with the groups whose prefixes must reconstruct."""
+    """Like `encode_batch_top_k`, with the ends of the prefixes that must reconstruct."""
     return encode_batch_top_k(step)._replace(ends=group_ends(step.config.fractions, step.config.width))
 
 
@@ -109,24 +109,24 @@ def _k(step: Step[TopKConfig]) -> int:
 
 @dataclass
 class KeptPerToken:
-    """What `top_k` and `abs_top_k` follow: the smallest activation kept, averaged over the tokens."""
+    """State of `top_k` and `abs_top_k`: the smallest selected activation of each token, averaged over tokens."""
 
     threshold: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
-    """Moving average over batches; −1 until it is first measured."""
+    """Moving average over batches; −1 until it begins."""
     smallest: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
-    """The last batch's; serves an SAE that is saved before the average begins."""
+    """Value of the last batch, used if the SAE is saved before the moving average begins."""
 
 
 @dataclass
 class KeptPerBatch(BatchTopK):
-    """What batch-top-k keeps: its selection's floor, and the smallest activation of the batch, as in `KeptPerToken`."""
+    """State of the batch-top-k methods: that of the selection, and the batch's smallest selected activation."""
 
     threshold: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
     smallest: Tensor = field(default_factory=lambda: torch.tensor(-1.0))
 
 
 def follow_threshold(step: Step[TopKConfig], encoded: Encoded) -> None:
-    """Average the smallest positive activation that was kept (Bussmann et al. 2024, arXiv 2412.06410, section 3)."""
+    """Average the smallest positive selected activation (Bussmann et al. 2024, arXiv 2412.06410, section 3)."""
     memory, acts = step.memory, encoded.acts
     assert isinstance(acts, Codes)
     memory.smallest = _smallest(acts, per_token=isinstance(memory, KeptPerToken))
@@ -136,7 +136,7 @@ def follow_threshold(step: Step[TopKConfig], encoded: Encoded) -> None:
 
 
 def _smallest(acts: Codes, *, per_token: bool) -> Tensor:
-    """The smallest positive activation of the batch, or the mean over tokens of each one's; 0 without any."""
+    """The smallest positive activation of the batch, or the mean of each token's smallest; 0 if none is positive."""
     values_N = acts.values_N.detach()
     kept_N = values_N > 0
     if not kept_N.any():
@@ -152,16 +152,16 @@ def with_threshold(config: TopKConfig, memory: KeptPerBatch) -> Extra:
     """Batch-top-k's inference form: a JumpReLU with one threshold for all latents."""
     threshold = torch.where(memory.threshold < 0, memory.smallest, memory.threshold)
     if threshold < 0:
-        raise ValueError("no step was made, so there is no inference threshold")
+        raise ValueError("no step has been made, so there is no inference threshold")
     return Extra(threshold=threshold.expand(config.width))
 
 
 def with_k(config: TopKConfig, memory: KeptPerToken) -> Extra:
-    """The inference form of `top_k` and `abs_top_k`."""
+    """The inference form of `top_k` and `abs_top_k`: a fixed k."""
     return Extra(k=config.k)
 
 
-# Terms
+# Loss terms
 
 
 def reconstruction(step: Step[SAEConfig], forward: Forward) -> Tensor:
@@ -170,29 +170,29 @@ def reconstruction(step: Step[SAEConfig], forward: Forward) -> Tensor:
 
 
 def prefixes(step: Step[MatryoshkaConfig], forward: Forward) -> Tensor:
-    """The same summed over Matryoshka's prefixes, with weights."""
+    """Weighted sum of the reconstruction losses of Matryoshka's prefixes."""
     groups = len(step.config.fractions)
     return losses.reconstruction(forward, step.config.weights or (1 / groups,) * groups)
 
 
 def aux_k(step: Step[TopKConfig], forward: Forward) -> Tensor:
-    """Dead latents reconstruct the residual."""
+    """Auxiliary loss: dead latents reconstruct the residual."""
     k = step.config.aux_k or max(1, step.sae.d_in // 2)
     return step.config.aux_coefficient * losses.aux_k(forward, k, signed=step.config.method == "abs_top_k")
 
 
 def orthogonality(step: Step[OrtConfig], forward: Forward) -> Tensor:
-    """OrtSAE's penalty on nearest cosines."""
+    """OrtSAE's penalty on the cosine of each latent with its nearest neighbour."""
     return step.config.orthogonality * losses.orthogonality(step.sae.W_dec, *step.neighbors())
 
 
 def l1(step: Step[StandardConfig], forward: Forward) -> Tensor:
-    """L1 of the activations (gated: of the gate's)."""
+    """L1 norm of the activations (for gated SAEs, of the gate's activations)."""
     return _sparsity(step) * losses.l1(forward.encoded.penalised)
 
 
 def l1_of_norms(step: Step[StandardConfig], forward: Forward) -> Tensor:
-    """L1 weighted by decoder norms, which are free."""
+    """L1 norm of the activations, weighted by the decoder rows' norms."""
     return _sparsity(step) * losses.l1(forward.encoded.acts, step.sae.W_dec.norm(dim=1))
 
 
@@ -202,15 +202,16 @@ def _sparsity(step: Step[StandardConfig]) -> float:
 
 @dataclass
 class AnnealedP:
-    """What p-anneal keeps."""
+    """State of p-anneal."""
 
     p: float = 1.0
+    """Current p."""
     scale: float = 1.0
-    """Factor that keeps the term from jumping where p does."""
+    """Factor that keeps the loss term continuous when p changes."""
 
 
 def lp(step: Step[PAnnealConfig], forward: Forward) -> Tensor:
-    """Lp of the activations, whose p falls during training."""
+    """Lp penalty on the activations; p decreases during training."""
     p, memory, acts = schedules.annealed_p(step.config, step.number, step.steps), step.memory, forward.encoded.acts
     if p != memory.p:
         with torch.no_grad():
@@ -234,11 +235,11 @@ def target_l0(step: Step[JumpReLUConfig], forward: Forward) -> Tensor:
 
 
 def gate_reconstruction(step: Step[GatedConfig], forward: Forward) -> Tensor:
-    """What the gate alone would reconstruct."""
+    """Reconstruction loss of the gate's activations alone."""
     return losses.gate_reconstruction(forward)
 
 
-# The rows
+# The table of methods
 
 _TOP_K: dict[str, Callable[[Step[Any], Forward], Tensor]] = {"reconstruction": reconstruction, "aux_k": aux_k}
 _PER_TOKEN: dict[str, Any] = {"memory": KeptPerToken, "after": follow_threshold, "finish": with_k}

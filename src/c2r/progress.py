@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar on a terminal, plain lines elsewhere."""
+"""Progress display for long tasks: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ QUIET_SECONDS = 20.0
 
 
 class PlainProgress(Progress):
-    """Progress for a log file or a pipe, where no bar can be drawn.
+    """Progress as plain lines, for a log file or a pipe.
 
-    A task prints one line when its first part is done, which estimates how long the rest will take, then at most one
-    every 20 seconds, and one at the end if it took longer than that.
+    A task prints a line with an estimate of the remaining time after its first update, then at most one line every 20
+    seconds, and one at the end if it took longer than that.
     """
 
     def __init__(self, console: Console) -> None:
@@ -25,7 +25,7 @@ class PlainProgress(Progress):
         self._ended: set[TaskID] = set()
 
     def add_task(self, *args: Any, **settings: Any) -> TaskID:
-        """See `Progress.add_task`; `unit` names what is counted."""
+        """See `Progress.add_task`; the keyword `unit` names what is counted."""
         task_id = super().add_task(*args, **settings)
         self._began[task_id] = time.monotonic()
         return task_id
@@ -57,14 +57,14 @@ class PlainProgress(Progress):
         line = f"{task.description}: {task.completed:,.0f}{of_total}{unit and f' {unit}'}, "
         line += f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.2g}/s"
         if finished:
-            line += f", {_duration(seconds)} in all"
+            line += f", {_duration(seconds)} in total"
         elif task.total is not None:
             line += f", {_duration((task.total - task.completed) / rate)} left"
         self.console.print(line, highlight=False, soft_wrap=True)
 
 
 def progress_bar(console: Console) -> Progress:
-    """Description, bar, percentage and time left; plain lines where the console is no terminal."""
+    """Description, bar, percentage and remaining time; plain lines if the console is not a terminal."""
     if not console.is_terminal:
         return PlainProgress(console)
     return Progress(

@@ -1,7 +1,7 @@
-"""What changes over a run by the number of the step alone: learning rate, k, sparsity, p, the threshold's average.
+"""Schedules: learning rate, k, sparsity, p and the threshold's average as functions of the step number.
 
-Steps count from 0; `steps` is how many the run has. A length given as null follows from `steps`, so that a short run is
-not all warm-up.
+Steps count from 0; `steps` is the number of steps of the run. Lengths left at null are derived from `steps`, so that
+warm-up does not take up most of a short run.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from c2r.config.run import TrainConfig
 from c2r.config.saes import JumpReLUConfig, PAnnealConfig, StandardConfig, TopKConfig
 
 P_STAGES = 10
-"""p falls in this many equal parts."""
+"""Number of equal stages in which p decreases."""
 
 
 def ramp(step: int, steps: int) -> float:
-    """From 0 at step 0 to 1 at step `steps`, linearly; 1 from there on."""
+    """Linear from 0 at step 0 to 1 at step `steps`, then 1."""
     return min(step / steps, 1.0) if steps else 1.0
 
 
 def warmup_steps(train: TrainConfig) -> int:
-    """Steps of linear warm-up of the learning rate: as configured, else 1000, else a twentieth of a short run."""
+    """Steps of linear learning-rate warm-up: as configured; by default 1000, but at most a twentieth of the steps."""
     return min(1000, train.steps // 20) if train.warmup_steps is None else train.warmup_steps
 
 
 def learning_rate_factor(step: int, train: TrainConfig) -> float:
-    """Linear warm-up from 0, constant, linear decay to 0."""
+    """Factor of the learning rate: linear warm-up from 0, constant, linear decay to 0."""
     warmup, decay = warmup_steps(train), int(train.decay_from * train.steps)
     if step < warmup:
         return step / warmup
@@ -34,7 +34,7 @@ def learning_rate_factor(step: int, train: TrainConfig) -> float:
 
 
 def k_of_step(config: TopKConfig, step: int, steps: int, d_in: int) -> int:
-    """k: linearly from D (or F, if that is less) to its configured value over the first `k_anneal` of the steps."""
+    """k in this step: falls linearly from min(D, F) to its configured value over the first `k_anneal` of the steps."""
     annealed = round(config.k_anneal * steps)
     if step >= annealed:
         return config.k
@@ -43,25 +43,25 @@ def k_of_step(config: TopKConfig, step: int, steps: int, d_in: int) -> int:
 
 
 def sparsity_warmup(config: StandardConfig | JumpReLUConfig, step: int, steps: int) -> float:
-    """Factor of the sparsity term, from 0 to 1 over `sparsity_warmup_steps`: 2000, a tenth of a short run."""
+    """Factor of the sparsity term: linear from 0 to 1 over `sparsity_warmup_steps` (see `StandardConfig`)."""
     given = config.sparsity_warmup_steps
     return ramp(step, min(2000, steps // 10) if given is None else given)
 
 
 def annealed_p(config: PAnnealConfig, step: int, steps: int) -> float:
-    """The p of Lp: 1 at first, `p_end` at last, in equal stages between (Karvonen et al. 2024, arXiv 2408.00113)."""
+    """The p of Lp: decreases from 1 to `p_end` in equal stages (Karvonen et al. 2024, arXiv 2408.00113)."""
     done = (step / steps - config.anneal_from) / (config.anneal_to - config.anneal_from)
     stage = min(max(int(done * P_STAGES) + 1, 0), P_STAGES) if done >= 0 else 0
     return 1 - (1 - config.p_end) * stage / P_STAGES
 
 
 def threshold_start(config: TopKConfig, steps: int) -> int:
-    """Last step that leaves the inference threshold alone: 1000, half of a short run."""
+    """Last step before the threshold's average begins: as configured; by default 1000, but at most half the steps."""
     return min(1000, steps // 2 - 1) if config.threshold_start is None else config.threshold_start
 
 
 def threshold_decay(config: TopKConfig, steps: int) -> float:
-    """Decay of the threshold's moving average: 0.999; in a short run it spans a tenth of the tracked steps."""
+    """Decay of the threshold's moving average: by default 0.999; in a short run it spans a tenth of the steps."""
     if config.threshold_decay is not None:
         return config.threshold_decay
     return min(0.999, 1 - 1 / max(1.0, (steps - threshold_start(config, steps)) / 10))

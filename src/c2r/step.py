@@ -1,7 +1,7 @@
-"""What a method is, and all that it sees of one training step.
+"""The interface of a training method: `Method`, and the `Step` that its functions receive.
 
-A method is a handful of functions of a `Step`. One that remembers something between steps names a dataclass of numbers
-and tensors for it, which `Step.memory` holds and checkpoints save as it is.
+A method consists of a few functions of a `Step`. If it keeps state between steps, it names a dataclass of numbers and
+tensors; the instance is available as `Step.memory` and is saved in checkpoints.
 
 B tokens in a batch · D width of the activations.
 """
@@ -25,55 +25,55 @@ C = TypeVar("C", bound=SAEConfig, covariant=True)
 
 @dataclass(frozen=True)
 class Step(Generic[C]):
-    """All that a method sees of one training step."""
+    """The inputs of a method in one training step."""
 
     number: int
-    """Counted from 0."""
+    """Number of the step, counted from 0."""
     steps: int
-    """Steps of the whole run."""
+    """Number of steps of the whole run."""
     x_BD: Tensor
     encoder: Encoder
     config: C
     sparse_pays: bool
-    """Few activations fired in the last step: a method without a fixed k is faster on the sparse path."""
+    """Whether the sparse path is faster for methods without a fixed k, because few latents fired in the last step."""
     neighbors: Callable[[], Neighbors]
     """Nearest neighbours of all decoder rows; searched at most once per step."""
     memory: Any = None
-    """What the method keeps between steps: an instance of its `Method.memory`."""
+    """The method's state between steps, an instance of its `Method.memory`."""
 
     @property
     def sae(self) -> SAE:
-        """The weights in training."""
+        """The SAE being trained."""
         return self.encoder.sae
 
 
 @dataclass(frozen=True)
 class Method(Generic[C]):
-    """One method."""
+    """A training method."""
 
     encode: Callable[[Step[C]], Encoded]
-    """Activations of a batch."""
+    """Computes the activations of a batch."""
     terms: dict[str, Callable[[Step[C], Forward], Tensor]]
-    """What is minimised besides C²R: weighted scalars, which are summed."""
+    """Terms of the loss besides C²R: weighted scalars, which are summed."""
     architecture: Architecture
-    """Of the saved SAE."""
+    """Architecture of the saved SAE."""
     trained_as: Architecture = "standard"
-    """Which weights are trained."""
+    """Architecture during training, which determines the trained weights."""
     memory: Callable[[], Any] | None = None
-    """A dataclass of numbers and tensors, built without arguments; None for a method that keeps nothing."""
+    """A dataclass of numbers and tensors with defaults for all fields; None for a method without state."""
     after: Callable[[Step[C], Encoded], None] | None = None
     """Called after each encoding to update `Step.memory`."""
     finish: Callable[[C, Any], Extra] | None = None
-    """From configuration and memory to what the saved SAE has besides the trained weights.
+    """Maps configuration and memory to the parts of the saved SAE that are not trained.
 
     Raises:
-        ValueError: no step was made yet.
+        ValueError: no step has been made.
     """
     unit_rows: bool = True
-    """Decoder rows are held at norm 1: the gradient along them is removed, and they are renormalised."""
+    """Whether decoder rows are kept at norm 1: the gradient along them is removed, and they are renormalised."""
     initial_norm: float = 1.0
-    """Of the decoder's and encoder's rows."""
+    """Initial norm of the decoder's and the encoder's rows."""
     median_start: bool = True
-    """b_dec starts at the geometric median of the first batch."""
+    """Whether b_dec is initialised to the geometric median of the first batch."""
     subtract_b_dec: bool = True
-    """Whether x − b_dec or x enters the encoder."""
+    """Whether the encoder's input is x − b_dec; False: x."""

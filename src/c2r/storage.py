@@ -1,8 +1,8 @@
-"""Folders and files that c2r writes: whole or not at all, marked as its own, and held while they are written.
+"""Atomic writing of files and folders, ownership of folders, and locks.
 
-A folder that c2r writes in (a run's, a cache's) has a file `.c2r`. It is the mark that the folder is c2r's; its lines
-list what c2r wrote there, as patterns, and only that is ever removed; and it is what processes lock. A lock is the
-system's own (flock), so that it ends with the process that holds it, whatever ends that.
+Each output folder (of a run or a cache) contains a file `.c2r`, which marks the folder as c2r's. Its lines list, as
+patterns, what c2r wrote there; c2r never deletes anything else. Processes also lock this file, with the operating
+system's flock, which is released whenever the process ends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FIRST = "# c2r {kind}. What is listed here was written by c2r, and only that is
 
 
 class Busy(ValueError):
-    """Another process holds the folder; `readers` if it only reads there."""
+    """Another process has locked the folder; `readers`: only for reading."""
 
     def __init__(self, message: str, *, readers: bool) -> None:
         super().__init__(message)
@@ -34,10 +34,10 @@ class Busy(ValueError):
 
 
 def write_text(path: Path, text: str, field: str) -> None:
-    """Write a small file, whole or not at all.
+    """Write a small file atomically.
 
     Raises:
-        ValueError: it cannot be written; names the field, the file, the bytes it needs and those that are free.
+        ValueError: the file cannot be written; names the field, the file, the bytes needed and the bytes free.
     """
     partial, data = hidden(path, "partial"), text.encode()
     try:
@@ -54,17 +54,17 @@ def write_text(path: Path, text: str, field: str) -> None:
 
 
 def cannot_write(path: Path, size: int, error: Exception) -> str:
-    """What a user needs to know when the disk refuses."""
+    """Message for a failed write: path, size, free space and the error."""
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     return f"cannot write {path} ({size:,} bytes; {free:,} free on that disk): {error}"
 
 
 def check_writable(folder: Path, field: str) -> None:
-    """Find out before any work that nothing can be written in a folder, which may not exist yet and is not made.
+    """Check before any work that a folder can be written to. It need not exist and is not created.
 
     Raises:
-        ValueError: a file is in the way, or the system refuses; names the field.
+        ValueError: a file is in the way, or writing is not permitted; names the field.
     """
     at = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
     if not at.is_dir():
@@ -80,26 +80,26 @@ def check_writable(folder: Path, field: str) -> None:
 
 
 def hidden(path: Path, kind: str) -> Path:
-    """A name beside `path` for what is not finished (`partial`) or about to be deleted (`old`)."""
+    """Temporary name next to `path`, for something unfinished (`partial`) or about to be deleted (`old`)."""
     return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.{kind}"
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder so that it is never seen half removed."""
+    """Delete a folder, renaming it first so that it is never seen partially deleted."""
     old = hidden(folder, "old")
     folder.rename(old)
     old.unlink() if old.is_symlink() else shutil.rmtree(old)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left unfinished in a folder."""
+    """Delete the temporary files and folders that a crashed process left in a folder."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if LEFT_OVER.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
+    """Flush a file or a folder's directory entries to disk."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -113,7 +113,7 @@ def sync(path: Path) -> None:
 
 
 def marked(folder: Path, kind: str) -> bool:
-    """Whether the folder has c2r's mark for folders of a kind ("run", "cache")."""
+    """Whether the folder has c2r's mark for this kind of folder ("run" or "cache")."""
     try:
         with (folder / MARK).open(encoding="utf-8") as file:
             return file.readline() == _FIRST.format(kind=kind)
@@ -122,10 +122,10 @@ def marked(folder: Path, kind: str) -> bool:
 
 
 def strangers(folder: Path, kind: str) -> list[str]:
-    """What lies in a folder that c2r has not marked as this kind; empty for a marked one, or one that c2r may take."""
+    """Names in a folder without c2r's mark of this kind; empty if c2r may use the folder."""
     if marked(folder, kind):
         return []
-    begun, first = folder / MARK, _FIRST.format(kind=kind).encode()  # made, and its first line was not finished
+    begun, first = folder / MARK, _FIRST.format(kind=kind).encode()  # may be truncated after a crash
     ours = begun.is_file() and begun.stat().st_size < len(first) and first.startswith(begun.read_bytes())
     return sorted(
         path.name
@@ -135,7 +135,7 @@ def strangers(folder: Path, kind: str) -> list[str]:
 
 
 def recorded(folder: Path, kind: str) -> list[str]:
-    """The patterns of what c2r wrote in a marked folder; a last line that was cut short does not count."""
+    """Patterns of what c2r wrote in a marked folder. A truncated last line is ignored."""
     if not marked(folder, kind):
         return []
     lines = (folder / MARK).read_text(encoding="utf-8").splitlines(keepends=True)[1:]
@@ -143,9 +143,10 @@ def recorded(folder: Path, kind: str) -> list[str]:
 
 
 def record(folder: Path, kind: str, patterns: Iterable[str], field: str) -> None:
-    """Add to what c2r wrote in a folder, and mark the folder if it is not; to be called before it is written.
+    """Record patterns of files that c2r is about to write, and mark the folder if necessary.
 
-    A pattern is a path from the folder on, `/` between its names, `*` within a name; `**` at its end is all below.
+    A pattern is a path relative to the folder, separated by `/`. `*` matches within a name; a final `**` matches
+    everything below.
 
     Raises:
         ValueError: the mark cannot be written.
@@ -157,7 +158,7 @@ def record(folder: Path, kind: str, patterns: Iterable[str], field: str) -> None
         return
     try:
         if there and not (folder / MARK).read_bytes().endswith(b"\n"):
-            text = "\n" + text  # ends a line that was cut short
+            text = "\n" + text  # ends a truncated line
         with (folder / MARK).open("ab" if there else "wb") as file:
             file.write(text.encode())
             file.flush()
@@ -167,16 +168,16 @@ def record(folder: Path, kind: str, patterns: Iterable[str], field: str) -> None
 
 
 def in_the_way(folder: Path, kind: str, patterns: Iterable[str]) -> list[str]:
-    """What stands in a marked folder under names that c2r is about to use, and was not written by c2r."""
+    """Files in a marked folder that c2r did not write but whose names it needs."""
     ours = [PurePosixPath(pattern).parts[0] for pattern in recorded(folder, kind)]
     wanted = dict.fromkeys(PurePosixPath(pattern).parts[0] for pattern in patterns)
     return [name for name in wanted if os.path.lexists(folder / name) and name not in ours]
 
 
 def remove_recorded(folder: Path, kind: str, more: Sequence[str] = ()) -> list[str]:
-    """Remove what c2r wrote in a marked folder (and `more`), and forget the record; return the names that are left.
+    """Delete what c2r wrote in a marked folder, and `more`, and clear the record; return the remaining names.
 
-    Links are removed and never followed; a folder goes when nothing is left in it.
+    Symbolic links are deleted, not followed. Folders are deleted once they are empty.
     """
     _clear(folder, [PurePosixPath(pattern).parts for pattern in (*recorded(folder, kind), *more)])
     with (folder / MARK).open("r+b") as file:
@@ -208,27 +209,28 @@ def _names(pattern: tuple[str, ...], name: str) -> bool:
 
 @contextlib.contextmanager
 def held(folder: Path, kind: str, field: str, doing: str, say: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Make the folder, mark it, and hold it while entered, so that no two processes (or threads) write in it.
+    """Create the folder, mark it, and lock it while entered, so that no two processes or threads write to it.
 
     Arguments:
         kind: "run" or "cache".
-        field: of the configuration, for errors.
-        doing: what is done in it, for the other process's error: "training in".
-        say: is told where the file system has no locks.
+        field: field of the configuration, for error messages.
+        doing: activity shown in another process's error, such as "training in".
+        say: called with a warning if the file system does not support locks.
 
     Raises:
-        Busy: another holds it, or reads there.
-        ValueError: the folder cannot be made or written in, or holds something that is not c2r's.
+        Busy: another process has locked the folder.
+        ValueError: the folder cannot be created or written to, or contains files that c2r did not write.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{field}: cannot make the folder {folder}: {error.strerror}") from error
+        raise ValueError(f"{field}: cannot create the folder {folder}: {error.strerror}") from error
     try:
         foreign = strangers(folder, kind)
         if foreign:
             raise ValueError(
-                f"{field}: {folder} holds something else ({', '.join(foreign[:5])}); give a new or empty folder"
+                f"{field}: {folder} contains files that c2r did not write ({', '.join(foreign[:5])}); choose a new or "
+                "empty folder"
             )
         handle = os.open(folder / MARK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
@@ -237,7 +239,7 @@ def held(folder: Path, kind: str, field: str, doing: str, say: Callable[[str], N
         if not _locked(handle, shared=False, say=say):
             readers = _locked(handle, shared=True)
             how = "reading" if readers else doing
-            raise Busy(f"{field}: another process is {how} {folder}; wait until it is done", readers=readers)
+            raise Busy(f"{field}: another process is {how} {folder}; wait until it has finished", readers=readers)
         record(folder, kind, (), field)
         yield
     finally:
@@ -246,26 +248,26 @@ def held(folder: Path, kind: str, field: str, doing: str, say: Callable[[str], N
 
 @contextlib.contextmanager
 def read_held(folder: Path, field: str) -> Iterator[None]:
-    """While entered, no process writes in the folder; any number may read. A folder without the mark is not held.
+    """Lock the folder against writing while entered; other processes may read. Unmarked folders are not locked.
 
     Raises:
-        Busy: another writes there.
+        Busy: another process is writing to the folder.
     """
     try:
         handle = os.open(folder / MARK, os.O_RDONLY)
-    except OSError:  # what reads the folder says what is wrong with it
+    except OSError:  # no folder or mark: reading it will raise a specific error
         yield
         return
     try:
         if not _locked(handle, shared=True):
-            raise Busy(f"{field}: another process is writing in {folder}; wait until it is done", readers=False)
+            raise Busy(f"{field}: another process is writing to {folder}; wait until it has finished", readers=False)
         yield
     finally:
         os.close(handle)
 
 
 def _locked(handle: int, *, shared: bool, say: Callable[[str], None] | None = None) -> bool:
-    """Whether the lock was free; it is now held until the file is closed. True where there are no locks."""
+    """Acquire the lock until the file is closed; return whether it was free. Without lock support, return True."""
     try:
         import fcntl
 
@@ -274,5 +276,5 @@ def _locked(handle: int, *, shared: bool, say: Callable[[str], None] | None = No
         return False
     except (ImportError, OSError) as error:  # Windows, or a file system without locks
         if say is not None:
-            say(f"no lock can be had here ({error}): see to it that no other process writes in the same folder")
+            say(f"cannot lock the folder ({error}): make sure that no other process writes to it")
     return True

@@ -1,4 +1,4 @@
-"""A run's YAML: what is accepted, and that every refusal names the field, what was given and what is accepted."""
+"""A run's YAML: accepted values, and error messages that name the field, what was given and what is accepted."""
 
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ def test_overrides(tmp_path: Path) -> None:
         ("saes.0.k=0", r"saes\.0\.k: .*greater than or equal to 1 \(got 0\)"),
         ("saes.0.width=1", r"saes\.0\.width: .*greater than or equal to 2 \(got 1\)"),
         ("saes.0.name=../x", r"saes\.0\.name"),
-        ("saes.0.name=Evaluations", "which a run's folder has already"),
-        ("train.lr=[1", r"'\[1' is not readable YAML"),
+        ("saes.0.name=Evaluations", "reserved in a run's folder"),
+        ("train.lr=[1", r"train\.lr: got '\[1': not valid YAML"),
         ("train.tokens=2.5", r"train\.tokens"),
         ("saes.0.name=c2r", r"names \['c2r'\] occur more than once"),
         ("saes.0.method=top_n", r"saes\.0: method: got 'top_n'; accepted are standard, .*batch_top_k"),
@@ -72,14 +72,14 @@ def test_overrides(tmp_path: Path) -> None:
         ("data.spelling_fraction=1.5", r"data\.spelling_fraction"),
         ("train.batch=0", r"train\.batch"),
         ("train.tokens=lots", r"train\.tokens: .*\(got 'lots'\)"),
-        ("stream.window_tokens=10", r"stream\.window_tokens: got 10, less than train\.batch 2048"),
+        ("stream.window_tokens=10", r"stream\.window_tokens: got 10; accepted is at least train\.batch, 2048"),
         ("saes.0.threshold_start=2000", "the inference threshold would never be learnt"),
         ("sead=1", r"sead: unknown key; accepted are output, seed, .*did you mean 'seed'"),
         ("saes=[]", r"saes: .*at least 1"),
         ("train.lr", r"expected a\.b=c"),
-        ("saes.7.k=1", r"'7' is not an index of a list of 2"),
+        ("saes.7.k=1", r"'7' is not an index into a list of 2"),
         ("seed.x=1", r"seed is 0, which has no fields"),
-        ("saes.1.c2r=", "--set saes.1.c2r=: nothing given; write null"),
+        ("saes.1.c2r=", r"saes\.1\.c2r: no value given; write null"),
     ],
 )
 def test_faults_are_named(override: str, says: str, tmp_path: Path) -> None:
@@ -90,13 +90,13 @@ def test_faults_are_named(override: str, says: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a: [1", "not readable YAML"),
+        ("a: [1", "not valid YAML"),
         ("- 1\n", "expected a mapping"),
         ("", "expected a mapping"),
         ("seed: 1", "output"),
-        ("output: a\nsaes:\n  - name: b\n    c2r:\n      # strength: 0.3\n", r"line 4, 'c2r:': nothing given; .*null"),
-        ("output: a\ntrain: {tokens: 1, lr: }\n", r"line 2, .*: nothing given"),
-        ("output:\n", r"line 1, 'output:': nothing given"),
+        ("output: a\nsaes:\n  - name: b\n    c2r:\n      # strength: 0.3\n", r"line 4, 'c2r:': no value given; .*null"),
+        ("output: a\ntrain: {tokens: 1, lr: }\n", r"line 2, .*: no value given"),
+        ("output:\n", r"line 1, 'output:': no value given"),
     ],
 )
 def test_unreadable_files(text: str, says: str, tmp_path: Path) -> None:

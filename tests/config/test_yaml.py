@@ -1,4 +1,4 @@
-"""YAML that says something twice, nothing, or something else than it seems to."""
+"""YAML with duplicate keys, missing values, or values that YAML 1.1 would read differently."""
 
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,13 @@ def write(tmp_path: Path, text: str) -> Path:
         ),
         ("'seed': 1\nseed: 2\n", r"line 2: 'seed' is given twice"),
         ("a: &x {p: 1}\nb: {<<: *x, <<: *x}\n", r"line 2: '<<' is given twice"),
-        ("1: x\n", r"line 1: a key is a name; got '1', which YAML reads as int"),
+        ("1: x\n", r"line 1: a key must be a string; got '1', which YAML reads as int"),
         ("true: x\n", r"got 'true', which YAML reads as bool"),
-        ("? [a, b]\n: x\n", r"line 1: a key is a name"),
+        ("? [a, b]\n: x\n", r"line 1: a key must be a string"),
         ("seed: 1\n---\nseed: 2\n", r"line 2: a second document begins"),
-        ("train:\n\tlr: 1\n", r"line 2, column 1: a tab; YAML is indented with spaces"),
-        ("a: &x [*x]\n", "not readable YAML"),
-        ("a: {b: }\n", r"line 1, .*: nothing given"),
+        ("train:\n\tlr: 1\n", r"line 2, column 1: a tab; indent YAML with spaces"),
+        ("a: &x [*x]\n", "not valid YAML"),
+        ("a: {b: }\n", r"line 1, .*: no value given"),
     ],
 )
 def test_faults_name_the_line(text: str, says: str, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_faults_name_the_line(text: str, says: str, tmp_path: Path) -> None:
 def test_merging_and_anchors(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, RUN), ("saes.0.c2r.strength=0.3", "saes.1.k=4"))
     strengths = [sae.c2r.strength for sae in config.saes if sae.c2r is not None]
-    assert strengths == [0.3, 0.9]  # what is set in one SAE does not reach the other
+    assert strengths == [0.3, 0.9]  # an override of one SAE does not change the other
     assert [sae.k for sae in config.saes] == [2, 4]  # pyright: ignore[reportAttributeAccessIssue]
     assert config.train.lr == 1e-3
     nested = "p: {q: {r: &x {<<: &y {a: 1, b: 2}, b: 3}}}\ns: {<<: [*x, {c: 4}], a: 5}\n"
@@ -81,7 +81,7 @@ def test_scalars(text: str, value: Any) -> None:
 def test_names_that_look_like_something_else(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, RUN.replace("name: a", "name: no").replace("name: b", "name: 007")))
     assert [sae.name for sae in config.saes] == ["no", "007"]
-    with pytest.raises(ValueError, match=r"saes\.0\.name: .*\(got 12; text that looks like .* must be quoted\)"):
+    with pytest.raises(ValueError, match=r"saes\.0\.name: .*\(got 12; quote text that looks like .*\)"):
         load_config(write(tmp_path, RUN.replace("name: a", "name: 12")))
     hf = "data: {source: hf, path: x, streaming: no}\n"
     assert load_config(write(tmp_path, RUN + hf)).data.streaming is False  # pyright: ignore[reportAttributeAccessIssue]
@@ -90,10 +90,10 @@ def test_names_that_look_like_something_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (("seed=1", "seed=2"), r"--set seed: given twice, as '1' and '2'"),
-        (("train={tokens: 1, tokens: 2}",), r"--set train=.*line 1: 'tokens' is given twice"),
-        (("data={path: }",), r"--set data=.*nothing given"),
-        (("train={1: 2}",), r"--set train=.*a key is a name"),
+        (("seed=1", "seed=2"), r"seed: given twice, as '1' and '2'"),
+        (("train={tokens: 1, tokens: 2}",), r"train: got .*line 1: 'tokens' is given twice"),
+        (("data={path: }",), r"data: got '{path: }': .*no value given"),
+        (("train={1: 2}",), r"train: got .*a key must be a string"),
     ],
 )
 def test_overrides_too(changes: tuple[str, ...], says: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""SAE folders of other versions and other hands: opened as their own library means them, or refused by name."""
+"""SAE folders of older versions and other libraries: equivalent to the original, or refused with the reason."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ X = torch.randn(30, D, generator=torch.Generator().manual_seed(1))
 
 
 def by_hand(weights: dict[str, Tensor], k: int | None = None) -> tuple[Tensor, Tensor]:
-    """Activations and reconstruction of X, as SAELens's `standard` and `topk` have them."""
+    """Activations and reconstruction of X, as SAELens's `standard` and `topk` compute them."""
     pre = (X - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
     acts = pre.relu()
     if k is not None:
@@ -123,31 +123,31 @@ def test_a_threshold_kept_as_a_logarithm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("says", "names"),
     [
-        ({"activation_fn_str": "tanh-relu"}, "activation_fn is 'tanh-relu'"),
-        ({"architecture": "gated", "activation_fn": "topk"}, "activation_fn is 'topk' in architecture 'gated'"),
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn: got 'tanh-relu'"),
+        ({"architecture": "gated", "activation_fn": "topk"}, "activation_fn: got 'topk' with architecture 'gated'"),
         ({"architecture": "topk"}, "k: missing"),
         ({"architecture": "topk", "k": 2, "activation_fn_kwargs": {"k": 3}}, "k is 2 and activation_fn_kwargs.k is 3"),
         ({"architecture": "topk", "k": F + 1}, rf"k: got {F + 1}; accepted are whole numbers from 1 to d_sae, {F}"),
         ({"architecture": "topk", "k": "4"}, "k: got '4'"),
         ({"architecture": "topk", "k": True}, "k: got True"),
         ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": "2"}}, "k: got '2'"),
-        ({"architecture": "topk", "k": 2, "activation_fn_kwargs": {"postact_fn": "gelu"}}, "postact_fn is 'gelu'"),
-        ({"architecture": "batchtopk"}, "architecture is 'batchtopk'.*checkpoint of training"),
-        ({"architecture": "skip_transcoder"}, "architecture is 'skip_transcoder'.*transcoder"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'.*only 'none'"),
-        ({"normalize_activations": "constant_norm_rescale"}, "normalize_activations is 'constant_norm_rescale'"),
-        ({"normalize_activations": True}, "normalize_activations is True.*norm_scaling_factor"),
-        ({"normalize_activations": "expected_average_only_in", "norm_scaling_factor": 0}, "norm_scaling_factor is 0"),
-        ({"reshape_activations": "hook_z"}, "reshape_activations is 'hook_z'"),
+        ({"architecture": "topk", "k": 2, "activation_fn_kwargs": {"postact_fn": "gelu"}}, "postact_fn: got 'gelu'"),
+        ({"architecture": "batchtopk"}, "architecture: got 'batchtopk'.*training checkpoint"),
+        ({"architecture": "skip_transcoder"}, "architecture: got 'skip_transcoder'.*transcoder"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations: got 'layer_norm'.*accepted is 'none'"),
+        ({"normalize_activations": "constant_norm_rescale"}, "normalize_activations: got 'constant_norm_rescale'"),
+        ({"normalize_activations": True}, "normalize_activations: got True.*norm_scaling_factor"),
+        ({"normalize_activations": "expected_average_only_in", "norm_scaling_factor": 0}, "norm_scaling_factor: got 0"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations: got 'hook_z'"),
         ({"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input: got 'yes'"),
-        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"dtype": "int8"}, "dtype: got 'int8'"),
         ({"metadata": []}, r"metadata: got \[\]"),
         ({"metadata": {"context_size": "long"}}, "metadata.context_size: got 'long'"),
-        ({"hook_name": "a", "metadata": {"hook_name": "b"}}, "metadata.hook_name is 'b', but hook_name is 'a'"),
+        ({"hook_name": "a", "metadata": {"hook_name": "b"}}, "metadata.hook_name: got 'b', but hook_name is 'a'"),
         ({"c2r": None}, "c2r: got null"),
         ({"c2r": {"sae": None}}, "c2r.sae: got None"),
         ({"c2r": {"sae": {"k": "many"}}}, "c2r.sae.k"),
-        ({"d_sae": None}, r"cfg.json says \[None, 4\]|d_sae"),
+        ({"d_sae": None}, r"expected \[None, 4\]|d_sae"),
     ],
 )
 def test_what_is_not_read_is_named_with_its_file(says: dict[str, Any], names: str, tmp_path: Path) -> None:
@@ -169,8 +169,8 @@ def test_what_is_not_read_is_named_with_its_file(says: dict[str, Any], names: st
         ({"b_dec_out": torch.ones(D)}, "b_dec_out"),
         ({"threshold": torch.ones(F)}, "threshold"),
         ({"rotation": torch.eye(D)}, r"rotation \[4, 4\].*more than one number per latent"),
-        ({"b_enc": torch.ones(F, dtype=torch.int32)}, "b_enc is of type torch.int32"),
-        ({"b_dec": torch.ones(1, D)}, r"b_dec is \[1, 4\], cfg.json says \[4\]"),
+        ({"b_enc": torch.ones(F, dtype=torch.int32)}, "b_enc: got type torch.int32"),
+        ({"b_dec": torch.ones(1, D)}, r"b_dec: got shape \[1, 4\]; expected \[4\]"),
         ({"W_dec": torch.full((F, D), float("nan"))}, "W_dec: 24 of 24 numbers are NaN or infinite"),
         ({"b_enc": torch.tensor([0.0, float("inf"), 0, 0, 0, 0])}, "b_enc: 1 of 6 numbers are NaN or infinite"),
     ],
@@ -184,13 +184,13 @@ def test_tensors_that_may_change_the_function_are_refused(more: dict[str, Tensor
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({"cfg.json": '{"num_latents": 4, "k": 2}', "sae.safetensors": ""}, r"sparsify.*not supported yet"),
-        ({"ae.pt": "", "config.json": "{}"}, r"dictionary_learning.*not supported yet"),
-        ({"params.npz": "PK\x03\x04"}, r"Gemma Scope.*not supported yet"),
-        ({"hyperparams.json": "{}"}, r"Llama Scope.*not supported yet"),
-        ({"cfg.json": "{}", "sparsity.safetensors": ""}, r"no sae_weights.safetensors; found cfg.json, sparsity"),
-        ({"one/cfg.json": "{}", "two/cfg.json": "{}"}, r"it holds 2, give one of them: one, two"),
-        ({}, r"found nothing"),
+        ({"cfg.json": '{"num_latents": 4, "k": 2}', "sae.safetensors": ""}, r"sparsify.*cannot read yet"),
+        ({"ae.pt": "", "config.json": "{}"}, r"dictionary_learning.*cannot read yet"),
+        ({"params.npz": "PK\x03\x04"}, r"Gemma Scope.*cannot read yet"),
+        ({"hyperparams.json": "{}"}, r"Llama Scope.*cannot read yet"),
+        ({"cfg.json": "{}", "sparsity.safetensors": ""}, r"no sae_weights.safetensors; it contains cfg.json, sparsity"),
+        ({"one/cfg.json": "{}", "two/cfg.json": "{}"}, r"it contains 2 SAE folders, give one of them: one, two"),
+        ({}, r"it contains nothing"),
     ],
 )
 def test_other_folders_are_recognised(files: dict[str, str], says: str, tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def run_of(output: Path, **changes: Any) -> RunConfig:
             r"data\.parent: unknown key; accepted are source, preset, .*did you mean 'parents'",
         ),
         ({"data": RAW["data"] | {"parents": -1}}, r"data\.parents: .*\(got -1\)"),
-        ({"model": {"name": "embedded"}}, r"model: given, but source 'synthetic' makes its activations without"),
+        ({"model": {"name": "embedded"}}, r"model: not used with source 'synthetic'"),
         ({"stream": {"model_rows": 3}}, r"stream: given, but source 'synthetic'"),
     ],
 )

@@ -100,9 +100,9 @@ def test_masks_and_mixtures_of_rows(tmp_path: Path) -> None:
         ({"rows": "as_is"}, r"rows: got 'as_is', which needs tokens_field; data has none"),
         (
             {"tokens_field": "ids", "rows": "as_is", "spelling_fraction": 0.1},
-            r"spelling_fraction: got 0\.1, but rows: as_is adds nothing",
+            r"spelling_fraction: got 0\.1, but `rows: as_is` adds nothing",
         ),
-        ({"tokens_field": "ids", "rows": "as_is", "prepend_bos": True}, r"prepend_bos: got True, but rows: as_is"),
+        ({"tokens_field": "ids", "rows": "as_is", "prepend_bos": True}, r"prepend_bos: got True, but `rows: as_is`"),
         ({"rows": "whole"}, r"data\.rows: .*'packed' or 'as_is' \(got 'whole'\)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The allocator's setting, in a process of its own."""
+"""The allocator's settings, each tested in a new process."""
 
 import platform
 import subprocess

@@ -1,4 +1,4 @@
-"""What a checkpoint holds and how it is written: resumed equals uninterrupted, for every method and in every file."""
+"""Content and writing of checkpoints: a resumed run equals an uninterrupted one, for every method."""
 
 import copy
 import subprocess
@@ -54,7 +54,7 @@ def batches(start: int = 0) -> Iterator[Tensor]:
 
 
 def leaves(node: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Everything that an object holds, however deep, by name; what is configuration and code is left out."""
+    """Everything in an object, recursively, by name, except configuration and code."""
     if isinstance(node, torch.Generator):
         yield name, node.get_state().tolist()
     elif isinstance(node, Tensor):
@@ -83,7 +83,7 @@ def everything(run: Run[Any]) -> dict[str, Any]:
 
 
 def different(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Names whose values differ; NaN equals itself."""
+    """Names whose values differ; NaN counts as equal to NaN."""
     return [name for name in {**one, **other} if repr(one.get(name, "?")) != repr(other.get(name, "?"))]
 
 
@@ -107,7 +107,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(method: str, consist
 
 
 TRANSIENT = ("run._neighbors", "run.optimizer.groups")
-"""What a step sets before it uses it."""
+"""Attributes that each step sets before using them."""
 PIECES = [
     "step_number", "consistency", "weights", "adam", *NeighborTable().state_dict(),
     *(f"memory.{f.name}" for kept in (KeptPerBatch, AnnealedP) for f in fields(kept)),
@@ -117,7 +117,7 @@ PIECES = [
 
 @pytest.mark.parametrize("piece", [None, *PIECES])
 def test_a_piece_of_state_that_is_forgotten_shows(piece: str | None) -> None:
-    """That the comparison above can fail: for each piece there is a method in which a run lacks it."""
+    """The comparison above can fail: each piece of state matters for some method."""
     found: list[str] = []
     for method, consistency in (("batch_top_k", "shuffled_norms"), ("p_anneal", "chunked"), ("standard", "lagged")):
         run, resumed = new_run(method, consistency), new_run(method, consistency)
@@ -182,10 +182,13 @@ def test_a_damaged_checkpoint_is_named_and_the_last_good_one_offered(file: str, 
     for step, folder in enumerate(folders):
         write_checkpoint(folder, STATE | {"step": step})
     spoil(folders[2] / file, how)
-    with pytest.raises(CheckpointError, match=rf"step_00000003/{file} is damaged.*step_00000002: --skip-damaged"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"step_00000003/{file} is corrupt.*step_00000002; resume from it with `c2r train --skip-damaged",
+    ):
         latest_checkpoint(tmp_path)
     spoil(folders[1] / file, how)
-    with pytest.raises(CheckpointError, match=r"step_00000003.*last good one is .*step_00000001"):
+    with pytest.raises(CheckpointError, match=r"step_00000003.*last intact one is .*step_00000001"):
         latest_checkpoint(tmp_path)
     assert list_checkpoints(tmp_path) == folders
     found = latest_checkpoint(tmp_path, skip_damaged=True)
@@ -194,7 +197,10 @@ def test_a_damaged_checkpoint_is_named_and_the_last_good_one_offered(file: str, 
     assert list_checkpoints(tmp_path) == folders[:1]
     spoil(folders[0] / file, how)
     for skip in (False, True):
-        with pytest.raises(CheckpointError, match=r"step_00000001.*no other is whole: --overwrite"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"step_00000001.*no other checkpoint is intact; start over with `c2r train --overwrite",
+        ):
             latest_checkpoint(tmp_path, skip_damaged=skip)
 
 
@@ -217,7 +223,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_kept(
     monkeypatch.setattr(checkpoint, "FORMAT", other)
     write_checkpoint(tmp_path / "checkpoints" / "step_00000001", STATE)
     monkeypatch.undo()
-    expected = f"step_00000001: a checkpoint of format {other}; this version of c2r reads {checkpoint.FORMAT}"
+    expected = f"step_00000001: checkpoint format {other}; this version of c2r reads format {checkpoint.FORMAT}"
     with pytest.raises(ValueError, match=expected):
         latest_checkpoint(tmp_path, skip_damaged=True)
     assert len(list_checkpoints(tmp_path)) == 1
@@ -260,7 +266,7 @@ def test_by_default_one_is_due_after_a_minute_or_twenty_times_its_cost(
 
 @pytest.mark.slow
 def test_writing_and_reading_do_not_double_memory(tmp_path: Path) -> None:
-    """In a fresh process, whose peak has no other cause: 256 MiB are written and read with a few more."""
+    """In a new process, so that nothing else affects peak memory: handling 256 MiB needs only slightly more."""
     code = f"""
 import resource, torch
 from pathlib import Path

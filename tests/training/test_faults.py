@@ -1,4 +1,4 @@
-"""What goes wrong in long runs: full disks, numbers that are none, sources that end, too little memory, pickles."""
+"""Failures in long runs: full disks, NaN and infinity, sources that end, too little memory, pickles."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ def every(config: RunConfig, steps: int, **section: Any) -> RunConfig:
 
 
 def goes_on_as_if_nothing_had_been(config: RunConfig, whole: Path) -> None:
-    """The run in its folder, started again, ends with the weights of one that was never disturbed."""
+    """Restarting the run ends with the weights of an uninterrupted run."""
     train(config)
     same_run(whole, config.output)
 
@@ -46,7 +46,7 @@ def goes_on_as_if_nothing_had_been(config: RunConfig, whole: Path) -> None:
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """No file of this process can grow beyond `size` bytes: the system itself refuses."""
+    """Limit this process's files to `size` bytes, enforced by the operating system."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -62,7 +62,7 @@ def test_a_disk_that_refuses_a_checkpoint_leaves_the_last_one_whole(
     original = Checkpoints.save
 
     def save(self: Checkpoints, step: int, state: dict[str, Any]) -> Path:
-        with files_of_at_most(30_000 if step > 10 else 10**9):  # an SAE's folder has less, a checkpoint more
+        with files_of_at_most(30_000 if step > 10 else 10**9):  # larger than an SAE's folder, smaller than a checkpoint
             return original(self, step, state)
 
     monkeypatch.setattr(Checkpoints, "save", save)
@@ -112,19 +112,19 @@ def test_a_disk_too_small_is_refused_before_training(tmp_path: Path, monkeypatch
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(faults.shutil, "disk_usage", lambda path: usage._replace(free=130_000))
     with pytest.raises(
-        ValueError, match=r"output: .* needs another .*, 2 \+ 1 checkpoints of .*; free some, lower train"
+        ValueError, match=r"output: .* needs another .* \(2 \+ 1 checkpoints of .*; free some space, lower train"
     ):
         train(known_run(tmp_path / "run"))
     assert not (tmp_path / "run" / "run.yaml").exists()
     train(every(known_run(tmp_path / "run"), 10, keep_checkpoints=1))
-    # What is there already is not asked for again.
+    # Space used by existing checkpoints is not required again.
     held = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").rglob("*.*"))
     monkeypatch.setattr(faults.shutil, "disk_usage", lambda path: usage._replace(free=130_000 - held))
     shutil.rmtree(tmp_path / "run" / "c2r")
     train(every(known_run(tmp_path / "run"), 10, keep_checkpoints=1))
 
 
-# Numbers
+# NaN and infinity
 
 
 def test_a_loss_that_is_no_number_keeps_its_batch_and_the_last_good_checkpoint(
@@ -141,7 +141,7 @@ def test_a_loss_that_is_no_number_keeps_its_batch_and_the_last_good_checkpoint(
         return original(self, x)
 
     monkeypatch.setattr(Run, "step", step)
-    with pytest.raises(ValueError, match=r"saes\.c2r: the loss is \S+ at step 10; .* The batch is in .*faulty"):
+    with pytest.raises(ValueError, match=r"saes\.c2r: the loss is \S+ at step 10; .* The batch was saved: .*faulty"):
         train(config)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000004", "step_00000008"]
     stored = load_file(tmp_path / "run" / "faulty" / "step_00000010.safetensors")["x"]
@@ -164,14 +164,14 @@ def test_weights_that_are_no_numbers_are_not_kept(tmp_path: Path, monkeypatch: p
         return measured
 
     monkeypatch.setattr(Run, "step", step)
-    with pytest.raises(ValueError, match=r"saes\.baseline: b_enc\.exp_avg_sq holds NaN or infinity after step 8"):
+    with pytest.raises(ValueError, match=r"saes\.baseline: b_enc\.exp_avg_sq contains NaN or infinity after step 8"):
         train(config)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000004"]
 
 
 @pytest.fixture
 def model_with_a_hole(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
-    """The tiny model, to which # is no number."""
+    """The tiny model, with NaN as the embedding of #."""
     lm = load_language_model(ModelConfig(name=str(tiny_models["llama"])))
     (token,) = lm.tokenizer("#", add_special_tokens=False)["input_ids"]
     lm.model.get_input_embeddings().weight[token] = float("nan")
@@ -185,9 +185,7 @@ def test_a_model_that_emits_nan_stops_the_run_with_the_part_kept(model_with_a_ho
     text.write_text("some words in a row, and then " * 60 + "#" + " more of them" * 400)
     small = {"window_tokens": 256, "model_rows": 8, "max_norm_multiple": None}
     config = every(run_config(tmp_path / "run", model_with_a_hole, text, stream=small), 2)
-    with pytest.raises(
-        ValueError, match=r"blocks\.1\.hook_resid_post are not finite .* \(at step (\d+); they are in"
-    ) as e:
+    with pytest.raises(ValueError, match=r"blocks\.1\.hook_resid_post are not finite .* \(at step (\d+); saved:") as e:
         train(config)
     step = int(str(e.value).split("(at step ")[1].split(";")[0])
     stored = load_file(tmp_path / "run" / "faulty" / f"step_{step:08d}.safetensors")
@@ -209,7 +207,7 @@ def test_a_source_that_ends_early_is_told(
     monkeypatch.setattr(reader, "packed_rows", lambda *a, **options: original(*a, **options | {"epochs": 1}))
     config = run_config(tmp_path / "run", tiny_models["llama"], corpus)
     config = every(config, 2, tokens=10**6)
-    with pytest.raises(ValueError, match=r"data: the source ended after [\d,]+ of 1,000,000 tokens; give more"):
+    with pytest.raises(ValueError, match=r"data: the source ended after [\d,]+ of 1,000,000 tokens; add more"):
         train(config)
     state = c2r.load(tmp_path / "run" / "c2r").config["c2r"]["state"]
     assert "the source ended" in state["stopped"]
@@ -278,7 +276,7 @@ def test_free_memory_is_what_the_system_says(tmp_path: Path, monkeypatch: pytest
 
 def test_saes_too_big_are_refused(tmp_path: Path) -> None:
     saes = [{"name": "big", "width": 10**10, "k": 2}]
-    with pytest.raises(ValueError, match=r"saes: .* of 1 SAEs need 7\.68e\+03 GB, and cpu has .*; lower saes"):
+    with pytest.raises(ValueError, match=r"saes: .* of 1 SAEs need 7\.68e\+03 GB, but cpu has .*; lower saes"):
         train(known_run(tmp_path / "run", saes=saes))
 
 
@@ -300,8 +298,12 @@ def test_memory_that_runs_out_amid_training_says_what_to_lower(
 
     monkeypatch.setattr(Run, "step", step)
     config = run_config(tmp_path / "run", tiny_models["llama"], corpus) if live else known_run(tmp_path / "run")
-    lower = r"model\.dtype \(now float32\), stream\.model_rows \(now 8\), data\.context"
-    says = r"out of memory: .*Lower " + (lower if live else r"train\.batch \(now 64\)")
+    says = r"out of memory: .*Lower "
+    says += (
+        r"model\.dtype \(currently float32\), stream\.model_rows \(currently 8\), data\.context"
+        if live
+        else r"train\.batch \(currently 64\)"
+    )
     with pytest.raises(ValueError, match=says):
         train(config)
     assert c2r.load(config.output / "c2r").config["c2r"]["state"]["tokens"] == 6 * config.train.batch
@@ -339,7 +341,7 @@ def test_memory_that_runs_out_again_while_saving_keeps_the_other_saes(
 
 
 class Code:
-    """Makes a folder where it is unpickled."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -361,7 +363,7 @@ def test_a_language_model_with_code_in_its_pickle_is_refused(
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
-    assert load_language_model(ModelConfig(name=str(folder))).d_in == 16  # tensors alone are read
+    assert load_language_model(ModelConfig(name=str(folder))).d_in == 16  # a pickle that contains only tensors is read
     torch.save(weights | {"more": Code(tmp_path / "ran")}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"model\.name: .*model' holds a pickle that contains code, which was not run"):
         train(run_config(tmp_path / "run", folder, corpus))

@@ -1,4 +1,4 @@
-"""A run's folder: what a user put there lives on, what is another program's is refused, what is ours is removed."""
+"""A run's folder: the user's files are kept, other programs' folders are refused, c2r's own files are deleted."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ from small_runs import changed, signalled
 
 
 def theirs(folder: Path) -> list[str]:
-    """What a user put beside and into a run; the names."""
+    """Add a user's files to a run's folder; return their names."""
     names = [
         "notes.txt", "checkpoints/best.pt", "checkpoints/step_final/model.pt", "wandb/run-1-theirs/log.txt",
         "baseline/README.md", "evaluations/figure.png", "report.html",
@@ -33,7 +33,7 @@ def theirs(folder: Path) -> list[str]:
 
 
 def test_what_a_user_put_beside_a_run_outlives_it(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through resumption, the end of many checkpoints, and overwriting."""
+    """They survive resuming, the deletion of old checkpoints, and overwriting."""
     config = changed(known_run(tmp_path / "run"), checkpoint_every=2, keep_checkpoints=1)
     signalled(monkeypatch, {9: [signal.SIGINT], 20: [signal.SIGINT]})
     with pytest.raises(Stopped):
@@ -47,7 +47,7 @@ def test_what_a_user_put_beside_a_run_outlives_it(whole: Path, tmp_path: Path, m
     assert [path.name for path in list_checkpoints(config.output)] == ["step_00000021"]
     console = Console(record=True, width=300)
     train(known_run(tmp_path / "run"), overwrite=True, console=console)
-    assert "left alone, not being part of this run: baseline, checkpoints, evaluations, notes.txt" in (
+    assert "kept, since c2r did not write them: baseline, checkpoints, evaluations, notes.txt" in (
         console.export_text()
     )
     for name in names:
@@ -62,7 +62,7 @@ def test_a_name_that_the_run_needs_and_a_user_took_is_refused(tmp_path: Path) ->
     (tmp_path / "run" / "third").mkdir()
     (tmp_path / "run" / "third" / "thesis.tex").write_text("all my work")
     saes = [{"name": "third", "width": 24, "k": 2}]
-    with pytest.raises(ValueError, match=r"holds something else \(third\)"):
+    with pytest.raises(ValueError, match=r"contains files that c2r did not write \(third\)"):
         train(known_run(tmp_path / "run", saes=saes), overwrite=True)
     assert (tmp_path / "run" / "baseline" / "cfg.json").is_file()
     assert (tmp_path / "run" / "third" / "thesis.tex").is_file()
@@ -71,7 +71,7 @@ def test_a_name_that_the_run_needs_and_a_user_took_is_refused(tmp_path: Path) ->
 def test_another_programs_folder_is_refused_and_no_overwriting_is_suggested(tmp_path: Path) -> None:
     names = theirs(tmp_path / "run")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="holds something else") as refused:
+        with pytest.raises(ValueError, match="contains files that c2r did not write") as refused:
             train(known_run(tmp_path / "run"), overwrite=overwrite)
         assert "overwrite" not in str(refused.value)
     found = [str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()]

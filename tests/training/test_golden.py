@@ -1,4 +1,4 @@
-"""The published trainers' numbers, reproduced through the ordinary `Run.step`.
+"""Reproduces the published trainers' numbers with `Run.step`.
 
 `C2R_GOLDEN_DIR` names another directory in the same format.
 """
@@ -23,7 +23,7 @@ PENALTIES = range(len(INDEX["penalty"]))
 
 
 CASES = [case for case in INDEX if case != "penalty"]
-# Published names of settings, losses and weights, in c2r's words.
+# Published names of settings, losses and weights → c2r's names.
 SETTINGS = {
     "l1_penalty": "l1", "sparsity_warmup_steps": "sparsity_warmup_steps", "k": "k", "auxk_alpha": "aux_coefficient",
     "threshold_start_step": "threshold_start", "threshold_beta": "threshold_decay", "top_k_aux": "aux_k",
@@ -42,12 +42,12 @@ WEIGHTS = {
 
 
 def method_of(case: str) -> str:
-    """The method that a case's name begins with, the longest of those that fit."""
+    """The longest method name with which a case's name begins."""
     return max((name for name in SECTIONS if case.startswith(name)), key=len)
 
 
 def configured(case: str) -> tuple[SAEConfig, TrainConfig]:
-    """A case's published settings in c2r's words."""
+    """A case's published settings under c2r's names."""
     given = INDEX[case]["config"]
     batch = load_file(GOLDEN / f"{case}.safetensors")["x"].shape[1]
     method = SECTIONS[method_of(case)]

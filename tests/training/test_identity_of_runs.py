@@ -1,4 +1,4 @@
-"""Caches and checkpoints know what they were made of: other contents under the same names are refused."""
+"""Caches and checkpoints record the content they were made from: changed content is refused."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture
 def live(tiny_models: dict[str, Path], corpus: Path, tmp_path: Path) -> RunConfig:
-    """A run whose model and text are the test's own to change."""
+    """A run with a copy of model and text that the test may change."""
     shutil.copytree(tiny_models["llama"], tmp_path / "model")
     shutil.copytree(corpus, tmp_path / "corpus")
     return run_config(tmp_path / "run", tmp_path / "model", tmp_path / "corpus")
@@ -38,18 +38,18 @@ def live(tiny_models: dict[str, Path], corpus: Path, tmp_path: Path) -> RunConfi
 
 @pytest.fixture
 def cached(live: RunConfig, tmp_path: Path) -> RunConfig:
-    """The same with a cache, which is filled."""
+    """The same with a filled cache."""
     config = cached_run(tmp_path, tmp_path / "model", tmp_path / "corpus")
     fill_cache(config, console=QUIET)
     return config
 
 
 def change(part: str, folder: Path) -> None:
-    """Other contents of a part under the same name."""
+    """Change the content of a part, keeping its name."""
     if part == "text":  # of the same size
         path = folder / "corpus" / "a.txt"
         path.write_text(path.read_text().replace("lazy", "hazy"))
-    elif part == "model":  # rows of one weight change places, which no sum shows
+    elif part == "model":  # swap two rows of one weight, which leaves sums unchanged
         weights = load_file(folder / "model" / "model.safetensors")
         name = "model.layers.0.mlp.down_proj.weight"
         weights[name] = weights[name].flip(0).contiguous()
@@ -76,7 +76,7 @@ def test_a_cache_of_other_contents_is_refused(part: str, cached: RunConfig, tmp_
 
 
 def test_the_same_contents_serve_wherever_they_are(cached: RunConfig, tmp_path: Path) -> None:
-    """The model written again in shards; the text with other times; then neither of them there."""
+    """The model saved again in shards, the text with other modification times, then both deleted."""
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     model.save_pretrained(tmp_path / "model", max_shard_size="10KB")
@@ -97,7 +97,7 @@ def test_a_cache_of_another_format_is_refused(cached: RunConfig, monkeypatch: py
 
 
 def test_a_manifest_of_something_else_is_not_called_a_damaged_cache(live: RunConfig, tmp_path: Path) -> None:
-    """A web page's, for example: no word of deleting the folder."""
+    """For example a web page's manifest: the message must not suggest deleting the folder."""
     config = cached_run(tmp_path, tmp_path / "model", tmp_path / "corpus")
     (tmp_path / "acts").mkdir()
     (tmp_path / "acts" / "manifest.json").write_text('{"name": "a page", "icons": []}')
@@ -123,7 +123,7 @@ def test_a_live_run_does_not_resume_on_other_activations(
     assert {path: path.read_bytes() for path in live.output.rglob("*") if path.is_file()} == before
     for path in tmp_path.glob("[mc]o*/*"):
         path.write_bytes(original[path]) if path in original else path.unlink()
-    train(live, console=QUIET)  # what was brought back serves
+    train(live, console=QUIET)  # the restored content is accepted
     train(run_config(tmp_path / "whole", tmp_path / "model", tmp_path / "corpus"), console=QUIET)
     same_run(tmp_path / "whole", live.output)
 
@@ -131,7 +131,7 @@ def test_a_live_run_does_not_resume_on_other_activations(
 def test_a_run_from_a_cache_does_not_resume_on_another_cache(
     cached: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`cache.path` may change, since a cache may move; what it was made of may not."""
+    """`cache.path` may change, since a cache can be moved, but its content may not."""
     signalled(monkeypatch, {9: [signal.SIGINT]})
     saes = [sae.model_copy(update={"name": name}) for name, sae in zip(("baseline", "c2r"), cached.saes, strict=True)]
     config = cached.model_copy(update={"saes": saes})
@@ -170,11 +170,11 @@ def test_a_revision_that_is_named_later_makes_no_other_run(tmp_path: Path) -> No
     assert differences(as_written(config), config.model_copy(update={"seed": 5})) != []
 
 
-# Held while written and while read
+# Locks for writing and reading
 
 
 def test_two_harvests_do_not_fill_one_cache(cached: RunConfig) -> None:
-    """The second comes while the first writes its second shard."""
+    """The second starts while the first writes its second shard."""
     assert cached.cache is not None
     whole, errors, original = files(cached.cache.path), list[str](), fill._add
     shutil.rmtree(cached.cache.path)
@@ -210,7 +210,7 @@ def test_a_cache_that_is_read_is_not_written(cached: RunConfig, monkeypatch: pyt
             with pytest.raises(ValueError, match="another process is reading"):
                 fill_cache(longer, console=QUIET)
             console = Console(record=True, width=200)
-            fill_cache(cached, console=console)  # which has all that it asks for
+            fill_cache(cached, console=console)  # the cache is already complete
             seen.append(console.export_text())
         return original(self, x)
 
@@ -220,7 +220,7 @@ def test_a_cache_that_is_read_is_not_written(cached: RunConfig, monkeypatch: pyt
     assert files(cached.cache.path) == before
     with (
         held(cached.cache.path, "cache", "cache.path", "harvesting into"),
-        pytest.raises(ValueError, match="another process is writing in"),
+        pytest.raises(ValueError, match="another process is writing to"),
     ):
         train(cached.model_copy(update={"output": cached.output / "other"}), console=QUIET)
 
@@ -235,5 +235,5 @@ def test_a_cache_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     with pytest.raises(ValueError, match=r"cache\.path: .*acts is not a folder"):
         fill_cache(config, console=QUIET)
     below = config.model_copy(update={"cache": config.cache.model_copy(update={"path": config.cache.path / "below"})})
-    with pytest.raises(ValueError, match=r"cache\.path: cannot make the folder"):
+    with pytest.raises(ValueError, match=r"cache\.path: cannot create the folder"):
         fill_cache(below, console=QUIET)

@@ -1,4 +1,4 @@
-"""SIGKILL, through the command line: whenever it comes, starting again ends with the weights of an undisturbed run."""
+"""SIGKILL at any moment, via the command line: restarting ends with the weights of an uninterrupted run."""
 
 import os
 import random
@@ -29,7 +29,7 @@ def started(path: Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 def killed(process: subprocess.Popen[bytes], when: Callable[[], bool]) -> bool:
-    """Kill the process as soon as something holds; False if it came to its end before."""
+    """Kill the process as soon as a condition holds; False if it ended before."""
     end = time.monotonic() + 120
     while process.poll() is None:
         assert time.monotonic() < end
@@ -41,7 +41,7 @@ def killed(process: subprocess.Popen[bytes], when: Callable[[], bool]) -> bool:
 
 
 def saving(output: Path) -> bool:
-    """Something is being written in the run's folder or its checkpoints."""
+    """Whether something is being written in the run's folder or its checkpoints."""
     return any(output.glob(".*.partial")) or any(output.glob("checkpoints/.*.partial"))
 
 
@@ -67,8 +67,8 @@ def test_a_kill_while_saving(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["known", "live", "cached"])
 def test_many_kills(kind: str, tiny_models: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
-    """At least 20: some from the start of the process on at random, some while saving, some while training."""
-    steps = {"known": 3000, "live": 2400, "cached": 4500}[kind]  # more than a fast machine makes before the last kill
+    """At least 20 kills: some at random times after the start, some while saving, some while training."""
+    steps = {"known": 3000, "live": 2400, "cached": 4500}[kind]  # too many to complete before the last kill
     section = {"tokens": steps * 64, "batch": 64, "lr": 1e-3, "device": "cpu", "checkpoint_every": 3}
     config = known_run(tmp_path / "run", train=section)
     if kind != "known":
@@ -98,7 +98,7 @@ def test_many_kills(kind: str, tiny_models: dict[str, Path], corpus: Path, tmp_p
 
 
 def a_moment(output: Path, number: int, chance: random.Random) -> Callable[[], bool]:
-    """Of three kinds in turn: at random from the start of the process on, while saving, while training."""
+    """Three kinds in turn: at a random time after the start, while saving, while training."""
     how, begun, before = ("anywhere", "saving", "training")[number % 3], time.monotonic(), newest_step(output)
     pause, advanced = chance.uniform(0, 8.0 if how == "anywhere" else 0.4), list[float]()
 
@@ -114,5 +114,5 @@ def a_moment(output: Path, number: int, chance: random.Random) -> Callable[[], b
 
 
 def newest_step(output: Path) -> int:
-    """Of the checkpoints; 0 without one."""
+    """Step of the newest checkpoint; 0 without one."""
     return max((int(path.name.removeprefix("step_")) for path in list_checkpoints(output)), default=0)

@@ -1,4 +1,4 @@
-"""Every method: what it encodes, what it saves, that C²R acts on it; starting from an SAE; the ablations."""
+"""Every method: encoding, saving and the effect of C²R; warm starts; the ablations."""
 
 import json
 import re
@@ -118,7 +118,7 @@ def test_bfloat16_product(method: str) -> None:
     assert explained(half, fresh()) == pytest.approx(explained(plain(method), fresh()), abs=0.05)
 
 
-# What C²R sees
+# What C²R acts on
 
 
 @pytest.mark.parametrize("method", list(SECTIONS))
@@ -153,7 +153,7 @@ def test_ort_and_c2r_share_one_search(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(searches) == 3
 
 
-# The pieces, by hand
+# Single functions, computed by hand
 
 
 def test_lp_by_hand_and_without_nan() -> None:
@@ -242,7 +242,7 @@ def test_alpha_zero_is_orthogonality() -> None:
     [
         ({"method": "matryoshka_batch_top_k", "k": 2, "fractions": [0.5, 0.6]}, "sum to 1.1"),
         ({"method": "matryoshka_batch_top_k", "k": 2, "fractions": [0.001, 0.999]}, "a group would be empty"),
-        ({"method": "matryoshka_batch_top_k", "k": 2, "fractions": [0.5, 0.5], "weights": [1]}, "one for each"),
+        ({"method": "matryoshka_batch_top_k", "k": 2, "fractions": [0.5, 0.5], "weights": [1]}, "one per fraction"),
         ({"method": "p_anneal", "anneal_from": 0.9}, "anneal_from: got 0.9"),
         ({"method": "standard", "k": 3}, "k: unknown key; accepted are .*l1"),
         ({"method": "jump_relu"}, "target_l0: Field required"),
@@ -278,7 +278,7 @@ def test_public_names_of_methods() -> None:
 
 @pytest.fixture
 def examples() -> Iterator[list[str]]:
-    """The Python of CONTRIBUTING.md, whose methods leave the tables afterwards."""
+    """The Python code in CONTRIBUTING.md; its methods are removed from the tables afterwards."""
     before = dict(SECTIONS), dict(METHODS)
     yield re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
     for table, entries in zip((SECTIONS, METHODS), before, strict=True):

@@ -1,4 +1,4 @@
-"""A run that is stopped and started again: by signals, with other settings, in a folder that holds something."""
+"""Stopping and restarting runs: by signals, with changed settings, in folders with other content."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_a_run_stopped_by_signals_ends_as_an_undisturbed_one(
         train(run_config(whole, tiny_models["llama"], corpus))
     signalled(monkeypatch, {4: [signal.SIGINT], 11: [signal.SIGTERM], 12: [signal.SIGINT]})
     batch = config.train.batch
-    for steps, name in ((5, "SIGINT"), (12, "SIGTERM"), (13, "SIGINT")):  # the step under way ends
+    for steps, name in ((5, "SIGINT"), (12, "SIGTERM"), (13, "SIGINT")):  # the current step is completed
         with pytest.raises(Stopped, match=name) as stopped:
             train(config)
         assert stopped.value.status == 128 + getattr(signal, name)
@@ -50,7 +50,7 @@ def test_a_run_stopped_by_signals_ends_as_an_undisturbed_one(
         assert state["tokens"] == steps * batch
         assert state["stopped"] == f"Stopped: stopped by {name}"
     assert len(list_checkpoints(tmp_path / "parts")) == 2
-    # What a killed process may have written after its checkpoint is cut off.
+    # Anything a killed process logged after its checkpoint is truncated.
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"sae": "baseline", "step": 14, "tok')
     train(config)
@@ -71,7 +71,7 @@ def test_a_finished_run_is_left_alone(whole: Path, tmp_path: Path, monkeypatch: 
     console = Console(record=True, width=200)
     folders = train(known_run(tmp_path / "run"), console=console)
     assert folders == {name: tmp_path / "run" / name for name in ("baseline", "c2r")}
-    assert "this run is finished" in console.export_text()
+    assert "this run is complete" in console.export_text()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
     with pytest.raises(AssertionError, match="it trained"):
         train(known_run(tmp_path / "run"), overwrite=True)
@@ -135,20 +135,22 @@ def test_another_configuration_is_refused_with_the_difference(
         train(config)
     first = config.saes[0].model_copy(update={"width": 32})
     other = changed(config, lr=0.1).model_copy(update={"saes": [first], "seed": 7})
-    with pytest.raises(ValueError, match="holds an earlier run; give another folder, or --overwrite") as refused:
+    with pytest.raises(
+        ValueError, match=r"the configuration has changed.*replace the run with `c2r train --overwrite"
+    ) as refused:
         train(other)
     lines = {line.strip() for line in str(refused.value).splitlines()[1:]}
-    assert "train.lr: 0.003 there, 0.1 here" in lines
-    assert "saes.0.width: 24 there, 32 here" in lines
-    assert 'saes.1.name: "c2r" there, nothing here' in lines
-    assert "seed: 0 there, 7 here" in lines
-    # The record may have been edited; what the checkpoint says counts.
+    assert "train.lr: was 0.003, is now 0.1" in lines
+    assert "saes.0.width: was 24, is now 32" in lines
+    assert 'saes.1.name: was "c2r", is now unset' in lines
+    assert "seed: was 0, is now 7" in lines
+    # run.yaml may have been edited; the configuration in the checkpoint decides.
     record = tmp_path / "run" / "run.yaml"
     record.write_text(record.read_text().replace("lr: 0.003", "lr: 0.1"))
-    with pytest.raises(ValueError, match=r"train\.lr: 0.003 there, 0.1 here"):
+    with pytest.raises(ValueError, match=r"train\.lr: was 0.003, is now 0.1"):
         train(changed(config, lr=0.1))
     record.write_text(record.read_text().replace("lr: 0.1", "lr: 0.003"))
-    # What has no say in the weights may change, and the record says so.
+    # Settings that do not affect the weights may change, and the change is recorded.
     train(changed(config, log_every=5, checkpoint_every=10, keep_checkpoints=1))
     assert "checkpoint_every: 10" in record.read_text()
     assert len(list_checkpoints(tmp_path / "run")) == 1
@@ -183,7 +185,7 @@ def test_what_kills_leave_behind_is_nobodys(tmp_path: Path) -> None:
         (folder / name / "tensors.safetensors").write_text("half")
     (folder / ".run.yaml.0123abcd.partial").write_text("half")
     with pytest.raises(
-        ValueError, match="holds remains of a run; give another folder, delete this one, or `c2r train --over"
+        ValueError, match=r"contains the remains of a deleted run; choose another folder, .* `c2r train --over"
     ):
         train(known_run(folder))  # checkpoints without a run.yaml: killed while an earlier run was being overwritten
     train(known_run(folder), overwrite=True)
@@ -212,8 +214,8 @@ def test_a_damaged_checkpoint_is_skipped_when_asked(
         main(["train", str(tmp_path / "run" / "run.yaml")])
     assert refused.value.code == 2
     said = capsys.readouterr().err
-    assert f"{newest / 'tensors.safetensors'} is damaged" in said
-    assert "step_00000009: --skip-damaged" in said
+    assert f"{newest / 'tensors.safetensors'} is corrupt" in said
+    assert "step_00000009; resume from it with `c2r train --skip-damaged`" in said
     main(["train", str(tmp_path / "run" / "run.yaml"), "--skip-damaged"])
     same_run(whole, tmp_path / "run")
 
@@ -231,7 +233,7 @@ def test_a_run_that_goes_on_needs_its_first_weights_no_more(tmp_path: Path, monk
 
 
 def test_torchs_own_generator_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No method draws from it, but a method of a user's own may."""
+    """None of c2r's methods uses it, but a user's own method may."""
     original = Run.step
 
     def step(self: Run[Any], x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -260,7 +262,7 @@ def test_the_command_line_says_how_to_go_on_and_exits_as_signalled(
         main(["train", str(path)])
     assert stopped.value.code == {"SIGINT": 130, "SIGTERM": 143}[name]
     said = capsys.readouterr().err.replace("\n", "")
-    assert f"saved {tmp_path / 'run' / 'checkpoints' / 'step_00000005'}; c2r train with the same configuration" in said
+    assert f"saved {tmp_path / 'run' / 'checkpoints' / 'step_00000005'}; run the same command again" in said
     assert f"c2r: stopped by {name}" in said
     main(["train", str(path)])
     assert "next: c2r eval" in capsys.readouterr().out

@@ -1,5 +1,5 @@
-"""What a step promises and no end figure shows: fp32 gradients, rows that are no numbers or nothing, how fresh the
-neighbour table is, what is saved, what int8 keeps."""
+"""Properties of a step that final metrics do not show: fp32 gradients, NaN and zero rows, how fresh the neighbour table
+is, what is saved, what int8 selects."""
 
 import math
 from typing import Any
@@ -80,7 +80,7 @@ def test_a_dense_step_in_bfloat16_has_gradients_off_bfloat16s_grid(method: str) 
     assert (grad == grad.bfloat16().float()).float().mean() < 0.2
 
 
-# Rows that are no numbers, or nothing
+# Rows with NaN, and zero rows
 
 
 @pytest.mark.parametrize("mode", ["exact", "chunked"])
@@ -116,7 +116,7 @@ def test_a_row_of_zeros_leaves_the_weights_finite() -> None:
     for step in range(3):
         assert math.isfinite(run.step(rows(step))["loss"].item())
     assert all(weight.isfinite().all() for weight in run.sae.parameters())
-    # The projection still takes out what lies along the other rows, and nothing of a row without a direction.
+    # The projection still removes the component along the other rows, and leaves a zero row's gradient unchanged.
     weight = torch.nn.Parameter(W_dec.clone())
     weight.grad = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
     given = weight.grad.clone()
@@ -199,7 +199,7 @@ def test_a_late_start_leaves_as_many_renewals() -> None:
 
 
 def test_a_neighbour_that_loses_to_its_shortlist_takes_the_winners_place_there() -> None:
-    """Row 0 turns to row 2 and back, far from its own renewal: only what lost can bring row 1 back."""
+    """Row 0 turns to row 2 and back between its own renewals: only the displaced shortlist entry brings row 1 back."""
     near, turned = torch.eye(8), torch.eye(8)
     near[0] += 0.5 * near[1] + 0.4 * near[2]
     turned[0] += 0.4 * turned[1] + 0.5 * turned[2]
@@ -284,7 +284,7 @@ def test_aux_k_uses_half_as_many_dead_latents_as_activations_are_wide(monkeypatc
 
 
 def test_a_floor_in_coarse_units_leaves_room_for_bfloat16() -> None:
-    """A product that bfloat16 rounds down below the floor must pass it all the same."""
+    """A product that bfloat16 rounds down below the floor must still pass."""
     exact = torch.linspace(-3, 3, 4001, dtype=torch.float64)
     found = Coarse(exact.to(torch.bfloat16)[:, None], torch.zeros(1).long(), torch.ones(4001), torch.zeros(4001, 1))
     below = exact - 1e-6 * exact.abs()

@@ -1,4 +1,4 @@
-"""Tracking: figures as in metrics.jsonl, packages imported only when asked for, missing ones told with their extra."""
+"""Tracking: metrics as in metrics.jsonl, packages imported only if configured, errors that name the missing extra."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ ASKED = {"tensorboard": True, "wandb": {"project": "saes", "mode": "offline"}}
 
 
 class Recorded:
-    """Stands in for both packages and keeps what it is given."""
+    """Fake of both packages that records its calls."""
 
     def __init__(self) -> None:
         self.begun: list[dict[str, Any]] = []
@@ -134,7 +134,7 @@ def test_tracking_may_be_switched_amid_a_run(tmp_path: Path) -> None:
 
 
 def test_every_curve_can_be_drawn_from_the_lines(tiny_models: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
-    """Each line has all figures that a step measures, the terms of the loss too, which sum to it."""
+    """Each line has all metrics of a step, including the terms of the loss, which sum to the loss."""
     train(run_config(tmp_path / "run", tiny_models["llama"], corpus))
     for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
@@ -144,7 +144,7 @@ def test_every_curve_can_be_drawn_from_the_lines(tiny_models: dict[str, Path], c
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
 def test_the_packages_themselves(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they are installed (they are extras): what they wrote reads back."""
+    """If the packages are installed (they are extras): their files can be read back."""
     pytest.importorskip(package)
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(known_run(tmp_path / "run", tracking={package: ASKED[package]}))

@@ -28,7 +28,7 @@ from c2r.training.optim import geometric_median
 from c2r.training.run import Run
 from c2r.training.trainer import train
 
-# The whole way
+# End to end
 
 
 @pytest.mark.usefixtures("quick_meta")
@@ -74,7 +74,7 @@ def test_recorded_run_can_be_run_again(tiny_models: dict[str, Path], corpus: Pat
 
 
 def planted(seed: int, d_in: int = 32, features: int = 48, active: int = 4, tokens: int = 512) -> torch.Tensor:
-    """Sparse sums of fixed unit directions, mean square norm 1."""
+    """Sparse sums of fixed unit directions, mean squared norm 1."""
     directions = torch.nn.functional.normalize(torch.randn(features, d_in, generator=torch.Generator().manual_seed(0)))
     generator = torch.Generator().manual_seed(seed)
     on = torch.rand(tokens, features, generator=generator) < active / features
@@ -93,7 +93,7 @@ def trained(steps: int = 400, precision: str = "float32", **changes: Any) -> Run
 
 @pytest.fixture(scope="module")
 def plain() -> Run:
-    """What `trained` gives as it is."""
+    """The result of `trained` with default settings."""
     return trained()
 
 
@@ -133,7 +133,7 @@ def test_aux_k_reaches_encoder_and_decoder_of_dead_latents_alone(signed: bool) -
     loss = aux_k(Forward(sae, x, Encoded(alive), dead), 2, signed=signed)
     for gradient in torch.autograd.grad(loss, (sae.W_enc, sae.b_enc, sae.W_dec)):
         assert torch.equal(gradient.reshape(10, -1).abs().sum(1) > 0, dead)
-    # By the definition: the two strongest dead latents of a token reconstruct its residual.
+    # By definition: the two strongest dead latents per token reconstruct its residual.
     acts = (x @ W_enc.T if signed else (x @ W_enc.T).relu()) * dead
     acts = acts * (acts.abs() >= acts.abs().topk(2).values[:, 1:])
     residual = x - alive @ W_dec
@@ -201,13 +201,13 @@ def test_geometric_median_of_a_symmetric_cloud_ignores_an_outlier() -> None:
 
 def test_export_before_a_threshold_is_tracked_takes_the_last_batch() -> None:
     run = Run(BatchTopKConfig(name="x", width=96, k=4, k_anneal=0), TrainConfig(tokens=51200, batch=512), 32)
-    with pytest.raises(ValueError, match=r"saes\.x: no step was made"):
+    with pytest.raises(ValueError, match=r"saes\.x: no step has been made"):
         run.export()
     run.step(planted(0))
     assert run.memory.threshold < 0
     assert torch.equal(run.export().threshold, run.memory.smallest.expand(96))
     run.sae.W_enc.data[3, 2] = float("nan")
-    with pytest.raises(ValueError, match=r"saes\.x: W_enc hold NaN"):
+    with pytest.raises(ValueError, match=r"saes\.x: W_enc contain NaN"):
         run.export()
 
 
@@ -228,7 +228,7 @@ def test_alive_counts_only_what_has_fired() -> None:
 
 
 def test_scale_is_folded_in(tiny_models: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
-    """The saved SAE on the model's own activations does what the trained one does on scaled ones."""
+    """The saved SAE on unscaled activations is equivalent to the trained one on scaled ones."""
     kept: list[Run] = []
     original = Run.export
 
@@ -318,19 +318,19 @@ def test_refusals_come_before_the_model_is_loaded(
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.tex").write_text("all my work")
-    with pytest.raises(ValueError, match=r"output: .*holds something else \(thesis\.tex\)"):
+    with pytest.raises(ValueError, match=r"output: .*contains files that c2r did not write \(thesis\.tex\)"):
         train(run_config(full, tiny_models["llama"], corpus), overwrite=True)
     assert (full / "thesis.tex").exists()
-    with pytest.raises(ValueError, match="cannot make the folder"):
+    with pytest.raises(ValueError, match="cannot create the folder"):
         train(run_config(full / "thesis.tex", tiny_models["llama"], corpus))
     with pytest.raises(ValueError, match=r"data\.path: no file matches"):
         train(run_config(tmp_path / "a", tiny_models["llama"], tmp_path / "nowhere"))
     (full / "thesis.tex").unlink()
     (full / "run.yaml").write_text("seed: 0")  # a user's own file of that name
-    with pytest.raises(ValueError, match=r"holds something else \(run\.yaml\)"):
+    with pytest.raises(ValueError, match=r"contains files that c2r did not write \(run\.yaml\)"):
         train(run_config(full, tiny_models["llama"], corpus), overwrite=True)
     (full / "run.yaml").write_text(RUN_MARK + "seed: 0")
-    with pytest.raises(ValueError, match="earlier run; give another folder, or --overwrite"):
+    with pytest.raises(ValueError, match=r"cannot resume the run in .*configuration has changed"):
         train(run_config(full, tiny_models["llama"], corpus))
     long = {"source": "files", "path": str(corpus), "context": 65}
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Starting from an SAE that exists."""
+"""Warm start from an existing SAE."""
 
 import json
 from pathlib import Path
@@ -69,14 +69,14 @@ def test_what_cannot_be_started_from_is_named(tmp_path: Path) -> None:
     gated = saved(tmp_path, "gated")
     with pytest.raises(ValueError, match=r"saes\.standard\.init: .*'gated', which method 'standard' cannot start from"):
         check_start(configured("standard", init=str(gated)))
-    with pytest.raises(ValueError, match=r"has 24 latents; width is 12"):
+    with pytest.raises(ValueError, match=r"has 24 latents, but width is 12"):
         check_start(configured("gated", init=str(gated), width=12))
     with pytest.raises(ValueError, match=r"saes\.gated\.init: .*not an SAE folder"):
         check_start(configured("gated", init=str(tmp_path)))
 
 
 def foreign(folder: Path, norms: torch.Tensor, **says: Any) -> Path:
-    """A folder of SAELens's `standard` (or as `says`) with decoder rows of these norms."""
+    """An SAELens folder, `standard` unless `says` overrides it, whose decoder rows have these norms."""
     W_dec = torch.nn.functional.normalize(
         torch.randn(len(norms), TREE.d_in, generator=torch.Generator().manual_seed(0))
     )
@@ -99,10 +99,10 @@ def test_what_is_changed_before_training_is_said(tmp_path: Path) -> None:
     run = known_run(tmp_path / "run")
     check_start(config, run, console)
     said = console.export_text()
-    assert "saes.standard.init: decoder rows are brought to unit norm" in said
-    assert "2 latents have a decoder row of zeros and get a random direction (3, 7)" in said
-    assert "it was trained with model other/model, and is trained further with embedded" in said
-    assert "it was trained with hook point blocks.7.hook_mlp_out, and is trained further with blocks.0" in said
+    assert "saes.standard.init: decoder rows are scaled to unit norm" in said
+    assert "2 latents have a zero decoder row and get a random direction (3, 7)" in said
+    assert "it was trained with model other/model; this run continues with embedded" in said
+    assert "it was trained with hook point blocks.7.hook_mlp_out; this run continues with blocks.0" in said
     check_start(configured("april_update", init=str(tmp_path / "sae")), console=console)
     assert "unit norm" not in console.export_text()
 
@@ -111,7 +111,7 @@ def test_a_choice_that_would_change_at_unit_norm_is_refused(tmp_path: Path) -> N
     topk = {"architecture": "topk", "k": 3}
     uneven = foreign(tmp_path / "uneven", torch.linspace(0.5, 2, 24), **topk)
     with pytest.raises(
-        ValueError, match=r"saes\.top_k\.init: .* norm 0\.5 to 2\. Method 'top_k' holds the rows at norm 1"
+        ValueError, match=r"saes\.top_k\.init: .* norm 0\.5 to 2\. Method 'top_k' keeps the rows at norm 1"
     ):
         check_start(configured("top_k", init=str(uneven)))
     even = foreign(tmp_path / "even", torch.full((24,), 3.0), **topk)

@@ -1,1 +1,1 @@
-"""What a run's YAML may say: frozen, checked before any work. Nothing here imports torch."""
+"""The configuration of a run: immutable, validated before any work begins. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of: immutable, unknown keys refused, counts as people write them."""
+"""Base class and field types of the configuration's sections."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _WHOLE = re.compile(r"\d+(\.\d*)?[eE]\+?\d+")
 
 
 def _whole(value: Any) -> Any:
-    """YAML 1.1 reads 2e6 as text; take it as the count it was meant to be."""
+    """Convert text such as 2e6, which YAML 1.1 does not read as a number, to an integer."""
     return int(float(value)) if isinstance(value, str) and _WHOLE.fullmatch(value) else value
 
 
 def at_home(path: Any) -> Any:
-    """A path in which `~` at the beginning is the user's home folder, as a shell has it; all else as it is.
+    """Expand a leading `~` in a path to the user's home folder.
 
     Raises:
-        ValueError: `~name` of a user who is not there.
+        ValueError: `~name`, and there is no such user.
     """
     if not str(path).startswith("~"):
         return path
     try:
         return type(path)(Path(path).expanduser())
     except RuntimeError as error:
-        raise ValueError(f"got {str(path)!r}: {error}; write the folder out") from error
+        raise ValueError(f"got {str(path)!r}: {error}; write the full path") from error
 
 
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
@@ -38,6 +38,6 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 
 class Frozen(BaseModel):
-    """A section of the configuration: immutable, and unknown keys are errors."""
+    """A section of the configuration: immutable; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), populate_by_name=True)

@@ -1,4 +1,4 @@
-"""What pydantic refuses, in sentences: the field, what was given, and what is accepted."""
+"""Turns pydantic's validation errors into sentences: the field, what was given, and what is accepted."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ RENAMED = {
     "rows": "model_rows",
     "share": "words_per_prompt",
 }
-"""Former names of keys."""
+"""Former name → current name of a key."""
 Location = tuple[int | str, ...]
 Section = TypeVar("Section", bound=Frozen)
 
 
 def checked_section(section: type[Section], given: dict[str, Any], where: str = "") -> Section:
-    """A section of the configuration from plain values.
+    """Validate a section of the configuration given as plain values.
 
     Arguments:
-        where: what the names of its fields begin with in messages, such as `absorption`.
+        where: prefix of the field names in messages, such as `absorption`.
 
     Raises:
-        ValueError: one sentence per refused value.
+        ValueError: values are invalid; one sentence per value.
     """
     try:
         return section.model_validate(given)
@@ -39,11 +39,11 @@ def checked_section(section: type[Section], given: dict[str, Any], where: str = 
 
 
 def faults(error: ValidationError, accepted: Callable[[Location], list[str]], where: str = "") -> list[str]:
-    """A sentence per fault.
+    """One sentence per validation error.
 
     Arguments:
-        accepted: the keys of the section at a location.
-        where: what the location of each fault begins with.
+        accepted: maps a location to the keys of the section there.
+        where: prefix of the field names.
     """
     return [_sentence(fault, accepted, where) for fault in error.errors()]
 
@@ -55,21 +55,21 @@ def _sentence(fault: Any, accepted: Callable[[Location], list[str]], where: str)
         key, known = str(location[-1]), accepted(location[:-1])
         near = difflib.get_close_matches(key, known, n=1)
         if RENAMED.get(key) in known:
-            return f"{field}: is called {RENAMED[key]!r} now; accepted are {', '.join(known)}"
+            return f"{field}: renamed to {RENAMED[key]!r}; accepted are {', '.join(known)}"
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{field}: unknown key; accepted are {', '.join(known)}{hint}"
     message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":  # our own: it names its field, so a section's place is enough
+    if fault["type"] == "value_error":  # raised by our own validators, whose messages name the field
         return f"{field}: {message}" if location or where else message
     hint = ""
     if fault["type"] == "string_type" and isinstance(fault["input"], int | float):
-        hint = "; text that looks like a number, true or false must be quoted"
+        hint = "; quote text that looks like a number, true or false"
     shown = "" if fault["type"] == "missing" else f" (got {fault['input']!r}{hint})"
     return f"{field}: {message}{shown}"
 
 
 def fields_of(section: type[Frozen], location: Location) -> list[str]:
-    """The keys that a section, or the one within it at `location`, takes."""
+    """Accepted keys of the section at `location` within `section`."""
     for part in location:
         field = section.model_fields.get(str(part))
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Frozen)):

@@ -1,4 +1,4 @@
-"""Where in a language model activations are read."""
+"""Hook points: where in a language model activations are read."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ Hook = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
 
 
 class HookPoint(NamedTuple):
-    """A place in a language model whose activations are learnt."""
+    """A place in a language model whose activations an SAE is trained on."""
 
     layer: int
-    """Block, counted from 0."""
+    """Transformer block, counted from 0."""
     hook: Hook
+    """Place within the block."""
 
     @property
     def name(self) -> str:
-        """In the field's (TransformerLens's) words."""
+        """The name that TransformerLens uses."""
         return f"blocks.{self.layer}.hook_{self.hook}"
 
     @classmethod
     def of(cls, name: str) -> HookPoint:
-        """The hook point of such a name.
+        """The hook point with this TransformerLens name.
 
         Raises:
-            ValueError: the name is none of ours.
+            ValueError: not a hook point that c2r supports.
         """
         found = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", name)
         if found is None or found[2] not in get_args(Hook):
-            raise ValueError(f"hook point: got {name!r}; expected blocks.N.hook_X, X being one of {get_args(Hook)}")
+            raise ValueError(f"hook point: got {name!r}; expected blocks.N.hook_X with X one of {get_args(Hook)}")
         return cls(int(found[1]), cast(Hook, found[2]))

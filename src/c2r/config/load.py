@@ -1,4 +1,4 @@
-"""From a YAML file and `a.b=c` overrides to a checked configuration; every refusal names the field."""
+"""Loads a configuration from a YAML file and `a.b=c` overrides; every error message names the field."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from c2r.config.yaml_text import load_yaml
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """Read a run's YAML and apply `a.b=c` overrides (`saes.0.k=16` reaches into lists).
+    """Read a run's YAML and apply `a.b=c` overrides. Numbers index into lists: `saes.0.k=16`.
 
     Raises:
-        ValueError: no such file, not YAML, a key without a value or given twice, an override that fits nowhere, or
-            values that the configuration refuses; each names the field, what was given and what is accepted.
+        ValueError: no such file, invalid YAML, a key without a value or given twice, an override of something that
+            does not exist, or invalid values; names the field, what was given and what is accepted.
     """
     path = at_home(path)
     try:
@@ -34,22 +34,24 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected a mapping of output, model, data, train, saes…, got {type(raw).__name__}")
+        raise ValueError(
+            f"{path}: expected a mapping with keys output, model, data, train, saes, …; got {type(raw).__name__}"
+        )
     set_values(raw, overrides)
     return parse_config(raw, str(path))
 
 
 def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
-    """Check a configuration given as plain dicts and lists.
+    """Validate a configuration given as plain dicts and lists.
 
     Raises:
-        ValueError: what pydantic refuses, a line a fault.
+        ValueError: invalid values, one line per error.
     """
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         lines = faults(error, lambda location: _fields_at(location, raw))
-        raise ValueError(f"{where}: {len(lines)} fault(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
+        raise ValueError(f"{where}: {len(lines)} error(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
 def _fields_at(location: Location, raw: dict[str, Any]) -> list[str]:
@@ -75,49 +77,50 @@ def _fields_at(location: Location, raw: dict[str, Any]) -> list[str]:
 
 
 def set_values(raw: Any, overrides: Iterable[str]) -> None:
-    """Carry out several `a.b=c`, each key once.
+    """Apply several `a.b=c` overrides, each key at most once.
 
     Raises:
-        ValueError: a key is given twice; see `set_value`.
+        ValueError: a key is given twice; see also `set_value`.
     """
     given: dict[str, str] = {}
     for override in overrides:
         key, _, value = override.partition("=")
         if key in given:
-            raise ValueError(f"--set {key}: given twice, as {given[key]!r} and {value!r}; keep one")
+            raise ValueError(f"{key}: given twice, as {given[key]!r} and {value!r}; keep one")
         given[key] = value
         set_value(raw, override)
 
 
 def set_value(raw: Any, override: str) -> None:
-    """Carry out `a.b=c` on nested dicts and lists.
+    """Apply one `a.b=c` override to nested dicts and lists, in place.
 
     Raises:
-        ValueError: it is not of that form, or fits nowhere.
+        ValueError: not of this form, or there is no such place.
     """
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"--set: got {override!r}; expected a.b=c, for example train.lr=3e-4 or saes.0.k=16")
+        raise ValueError(f"override: got {override!r}; expected a.b=c, for example train.lr=3e-4 or saes.0.k=16")
     node, parts = raw, key.split(".")
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ValueError(f"--set {override}: {part!r} is not an index of a list of {len(node)}")
+                raise ValueError(f"{key}: {part!r} is not an index into a list of {len(node)}")
             place: Any = int(part)
         elif isinstance(node, dict):
             place = part
         else:
-            raise ValueError(f"--set {override}: {'.'.join(parts[:depth])} is {node!r}, which has no fields")
+            raise ValueError(f"{key}: {'.'.join(parts[:depth])} is {node!r}, which has no fields")
         if last:
             if not value.strip():
-                raise ValueError(f"--set {override}: nothing given; write null where nothing is meant")
+                raise ValueError(f"{key}: no value given; write null if none is intended")
             try:
                 node[place] = load_yaml(value)
             except ValueError as error:
-                said = str(error).removeprefix("it ")
-                raise ValueError(f"--set {override}: {value!r} {said}") from error
+                raise ValueError(f"{key}: got {value!r}: {error}") from error
         else:
             node = node.setdefault(place, {}) if isinstance(node, dict) else node[place]
             if node is None:
-                raise ValueError(f"--set {override}: {'.'.join(parts[: depth + 1])} is empty in the file; set it whole")
+                raise ValueError(
+                    f"{key}: {'.'.join(parts[: depth + 1])} is null in the file; override the whole section"
+                )

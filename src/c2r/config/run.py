@@ -1,6 +1,6 @@
-"""What a run's YAML may say: frozen, checked before any work, saved as the user wrote it.
+"""The configuration of a run, saved as the user wrote it.
 
-Values that are found while running (scale, thresholds) live in the run's state and never here.
+Values found during training (activation scale, thresholds) are part of the run's state, not of the configuration.
 """
 
 from __future__ import annotations
@@ -18,25 +18,31 @@ from c2r.config.text import DataConfig
 
 
 class ModelConfig(Frozen):
-    """The language model, and the place in it whose activations are learnt."""
+    """The language model and the hook point whose activations the SAEs are trained on."""
 
     name: Annotated[str, BeforeValidator(at_home)] = "embedded"
-    """`embedded`, a folder in Hugging Face format, or a Hub id."""
+    """The language model: `embedded` (a tiny model included in c2r), a folder in Hugging Face format, or a Hub id."""
     layer: Annotated[int, Field(ge=0)] = 0
-    """Block, counted from 0."""
+    """Transformer block whose activations are read, counted from 0. Each SAE can override it."""
     hook: Hook = "resid_post"
+    """Place in the block: the residual stream before (`resid_pre`) or after (`resid_post`) it, or the output of its MLP
+    (`mlp_out`) or attention (`attn_out`). Each SAE can override it."""
     tokenizer: str | None = None
     """Folder or Hub id of the tokenizer; null: the model's own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of the language model's weights and activations."""
     revision: str | None = None
+    """Branch, tag or commit of the model on the Hub; null: the default branch."""
     trust_remote_code: bool = False
+    """Whether Python code that comes with the model may be executed."""
     center_writing_weights: bool = False
-    """Activations as TransformerLens's option of that name leaves them: their mean over coordinates is subtracted. Of
-    models with LayerNorm, whose output does not depend on that mean; models with RMSNorm are left as they are."""
+    """Whether to subtract each activation's mean over its coordinates, equivalent to TransformerLens's option of this
+    name. Applies to models with LayerNorm, whose output does not depend on the mean; ignored for models with
+    RMSNorm."""
 
     @property
     def point(self) -> HookPoint:
-        """The hook point of SAEs that name none of their own."""
+        """The hook point of SAEs that do not override it."""
         return HookPoint(self.layer, self.hook)
 
 
@@ -51,104 +57,127 @@ def _of_its_source(value: Any) -> Any:
 
 
 AnyData = Annotated[SerializeAsAny[DataConfig | SyntheticConfig], BeforeValidator(_of_its_source)]
-"""What activations are made of: text that a language model reads, or, with source synthetic, known features."""
+"""The source of activations: text read by a language model, or known features if `source` is synthetic."""
 
 
 class StreamConfig(Frozen):
-    """How activations are filtered, scaled and shuffled on their way to the SAEs."""
+    """How activations are filtered and shuffled before the SAEs are trained on them."""
 
     window_tokens: Positive = 131_072
-    """Activations of a window; the text is cut into windows and each is shuffled. One is held in memory."""
+    """Number of activations per shuffling window. Activations are shuffled within consecutive windows, one of which is
+    held in memory."""
     prefetch_tokens: Positive | None = None
-    """Activations that the language model may be ahead of the window; null: as many as a window has."""
+    """Number of activations that the language model may compute in advance, beyond the current window; null: the same
+    as `window_tokens`."""
     text_window_tokens: Annotated[int, Field(ge=0)] = 1_048_576
-    """Tokens of a window of text, whose rows are shuffled before the model reads them; 0 leaves them in order."""
+    """Number of tokens per shuffling window of the text. Rows of tokens are shuffled within it before the language
+    model reads them; 0: no shuffling."""
     max_norm_multiple: Annotated[float, Field(gt=1)] | None = 10.0
-    """Tokens whose norm exceeds this many median norms are dropped; null keeps all."""
+    """Activations whose norm exceeds this multiple of the median norm are dropped; null: none are."""
     model_rows: Positive = 32
-    """Rows of `data.context` tokens a forward pass of the language model."""
+    """Rows of `data.context` tokens per forward pass of the language model."""
 
 
 class CacheConfig(Frozen):
-    """Activations on disk: `c2r harvest` writes them, `c2r train` reads them in place of a language model."""
+    """Activations on disk: written by `c2r harvest`, read by `c2r train` instead of running the language model."""
 
     path: Annotated[Path, BeforeValidator(at_home)]
-    """Its folder."""
+    """Folder of the cache."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """null: bfloat16 where the model is, else float32; so nothing is rounded."""
+    """Data type on disk; null: bfloat16 if `model.dtype` is, otherwise float32, so that nothing is rounded."""
     tokens: Positive | None = None
-    """Activations to keep; null: `train.tokens`. A cache that is shorter than that is read again in another order."""
+    """Number of activations to store; null: `train.tokens`. If training needs more than are stored, it reads the cache
+    repeatedly, each time in a different order."""
     shard_tokens: Positive = 65_536
-    """Activations of a file, roughly: it ends with a forward pass. One is held in memory while written."""
+    """Approximate number of activations per file (rounded to whole forward passes). One file is held in memory while it
+    is written."""
 
 
 class TrainConfig(Frozen):
-    """What all SAEs of a run share in training."""
+    """Training settings shared by all SAEs of a run."""
 
     tokens: Positive
-    """Activations each SAE sees, filtered ones not counted."""
+    """Number of activations each SAE is trained on, not counting those dropped by `stream.max_norm_multiple`."""
     batch: Positive = 2048
+    """Activations per batch (one optimisation step)."""
     lr: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate of Adam."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Linear warm-up of the learning rate; null: 1000 (as published), a twentieth of the steps in a short run."""
+    """Number of steps over which the learning rate rises linearly from 0; null: 1000 (as published), but at most a
+    twentieth of the steps."""
     decay_from: Share = 0.8
-    """Fraction of the steps from which the learning rate falls linearly to 0; 1 never."""
+    """Fraction of the steps after which the learning rate falls linearly to 0 at the last step; 1: no decay."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the encoder's product and the lagged neighbour search; weights, gradients and optimiser are fp32 either way,
-    and so are the activations of methods that select (the top-k family always, the others while less than 3 % of the
-    activations fire). Where more fire, activations are the product's own, with bfloat16's rounding (2⁻⁹) if it is in
-    bfloat16. auto follows a rule on the processor's features (`c2r.machine`): bfloat16 on a GPU that has it, and on a
-    CPU with AMX or AVX-512's bf16. What was chosen is recorded in `cfg.json` (`c2r.machines`)."""
+    """Precision of the encoder's matrix product and of the lagged neighbour search. Weights, gradients and optimiser
+    are always fp32. Activations are recomputed in fp32 by the top-k methods, and by the other methods while less than
+    3 % of activations are non-zero; otherwise they carry bfloat16's relative rounding error (2⁻⁹) if the product does.
+    auto: bfloat16 on a GPU that supports it and on a CPU with AMX or AVX-512 bf16, otherwise float32 (see
+    `c2r.machine`). The choice is recorded in `cfg.json` (`c2r.machines`)."""
     selection: Literal["auto", "int8", "product"] = "auto"
-    """How the batch-top-k methods find the candidates of a batch: among the values of the encoder's product, or by a
-    product in int8 from whose candidates fp32 decides, which gives the set of an fp32 product. auto: int8 where
-    `precision` is auto too and the rule on the processor's features says that it pays. Other methods ignore it."""
+    """How the batch-top-k methods select a batch's largest activations. product: from the encoder's product. int8: an
+    int8 product finds candidates, and fp32 decides among them, which selects the same set as an fp32 product. auto:
+    int8 if `precision` is auto too and int8 is faster on this processor (see `c2r.machine`), otherwise product. Other
+    methods ignore it."""
     device: str = "auto"
+    """Torch device, such as `cpu` or `cuda:0`; auto: the GPU if there is one, otherwise the CPU."""
     log_every: Positive = 10
-    """Steps between lines of metrics.jsonl."""
+    """Number of steps between lines of metrics.jsonl."""
     checkpoint_every: Positive | None = None
-    """Steps between checkpoints; null: a minute, or what keeps writing them to a twentieth of the time."""
+    """Number of steps between checkpoints; null: one per minute, or less often if writing them would take more than 5 %
+    of the time."""
     keep_checkpoints: Positive = 2
-    """The last so many are kept."""
+    """Number of most recent checkpoints to keep."""
 
     @property
     def steps(self) -> int:
-        """Optimiser steps; the last batch may be short."""
+        """Number of optimisation steps. The last batch may be smaller."""
         return -(-self.tokens // self.batch)
 
 
 class WandbConfig(Frozen):
-    """Weights & Biases."""
+    """Logging to Weights & Biases."""
 
     project: str = "c2r"
+    """Name of the W&B project."""
     entity: str | None = None
+    """W&B user or team; null: your default entity."""
     name: str | None = None
-    """Null: the output folder's."""
+    """Name of the W&B run; null: the name of the output folder."""
     mode: Literal["online", "offline"] = "online"
+    """online: upload during the run. offline: write to disk only; upload later with `wandb sync`."""
 
 
 class TrackingConfig(Frozen):
-    """Where a run's figures go besides metrics.jsonl, which has them all."""
+    """Where to log metrics in addition to metrics.jsonl, which always contains all of them."""
 
     tensorboard: bool = False
-    """Event files under `tensorboard/` in the output folder; needs the extra of that name."""
+    """Whether to write event files to `tensorboard/` in the output folder; needs `pip install 'c2r[tensorboard]'`."""
     wandb: WandbConfig | None = None
-    """Needs the extra of that name; `{}` takes the defaults."""
+    """Weights & Biases; null: off, `{}`: on with default settings. Needs `pip install 'c2r[wandb]'`."""
 
 
 class RunConfig(Frozen):
-    """A whole run: one stream of activations, any number of SAEs trained on it."""
+    """A run: one stream of activations and any number of SAEs trained on it."""
 
     output: Annotated[Path, BeforeValidator(at_home)]
+    """Folder for SAEs, metrics and checkpoints: new, empty, or of an earlier run with this configuration, which then
+    resumes."""
     seed: int = 0
+    """Random seed of the initialisation, of the order of the text and of shuffling."""
     model: ModelConfig = ModelConfig()
+    """The language model."""
     data: AnyData = DataConfig()
+    """The text, or synthetic activations with known features."""
     stream: StreamConfig = StreamConfig()
+    """How activations are filtered and shuffled."""
     cache: CacheConfig | None = None
-    """None (null): the language model runs while training."""
+    """Cache of activations on disk; null: run the language model during training."""
     train: TrainConfig
+    """Training settings shared by all SAEs."""
     tracking: TrackingConfig = TrackingConfig()
+    """Logging to TensorBoard or Weights & Biases."""
     saes: Annotated[list[AnySAE], Field(min_length=1)]
+    """The SAEs to train, at least one."""
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -158,14 +187,15 @@ class RunConfig(Frozen):
             raise ValueError(f"saes: the names {twice} occur more than once; each SAE needs its own folder")
         unused = sorted({"cache", "model", "stream"} & self.model_fields_set)
         if unused and isinstance(self.data, SyntheticConfig):
-            raise ValueError(f"{unused[0]}: given, but source 'synthetic' makes its activations without; leave it out")
+            raise ValueError(f"{unused[0]}: not used with source 'synthetic'; remove this section")
         if not isinstance(self.data, SyntheticConfig) and self.stream.window_tokens < self.train.batch:
             raise ValueError(
-                f"stream.window_tokens: got {self.stream.window_tokens}, less than train.batch {self.train.batch}"
+                f"stream.window_tokens: got {self.stream.window_tokens}; accepted is at least train.batch, "
+                f"{self.train.batch}"
             )
         for sae in self.saes:
             if isinstance(self.data, SyntheticConfig) and (sae.layer is not None or sae.hook is not None):
-                raise ValueError(f"saes.{sae.name}: layer or hook given, but known features have none; leave it out")
+                raise ValueError(f"saes.{sae.name}: layer and hook are not used with source 'synthetic'; remove them")
             if (
                 isinstance(sae, TopKConfig)
                 and sae.threshold_start is not None
@@ -173,16 +203,17 @@ class RunConfig(Frozen):
             ):
                 raise ValueError(
                     f"saes.{sae.name}.threshold_start: got {sae.threshold_start}, but the run has "
-                    f"{self.train.steps} steps; the inference threshold would never be learnt"
+                    f"{self.train.steps} steps, so the inference threshold would never be learnt; accepted is below "
+                    f"{self.train.steps - 1}"
                 )
         return self
 
     def point(self, sae: SAEConfig) -> HookPoint:
-        """Where the activations that an SAE learns are read."""
+        """The hook point that an SAE is trained on."""
         layer, hook = self.model.point
         return HookPoint(layer if sae.layer is None else sae.layer, hook if sae.hook is None else sae.hook)
 
     @property
     def points(self) -> tuple[HookPoint, ...]:
-        """All hook points of the run, each once, in the order of the SAEs."""
+        """The distinct hook points of the run, in the order of the SAEs."""
         return tuple(dict.fromkeys(map(self.point, self.saes)))

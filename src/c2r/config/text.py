@@ -1,4 +1,4 @@
-"""What a YAML may say about text: where documents come from, and how they become rows of tokens."""
+"""Configuration of the text: where documents come from, and how they become rows of tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, StrictInt, StrictStr, field_validat
 
 from c2r.config.base import Frozen, Positive, at_home
 
-# Keys that only some sources know. Saved configurations name every key, so that "given" means "not the default".
+# Keys accepted by each source. Saved configurations contain every key, so "given" means "differs from the default".
 _KEYS_OF: dict[str, tuple[str, ...]] = {
     "stdlib": (),
     "files": (
@@ -25,38 +25,44 @@ _KEYS_OF: dict[str, tuple[str, ...]] = {
 
 
 class TextSource(Frozen):
-    """Where documents come from."""
+    """A source of documents."""
 
     source: Literal["stdlib", "files", "hf", "mixture"] = "stdlib"
+    """Kind of source. stdlib: source code of Python's standard library. files: local files. hf: a Hugging Face data
+    set. mixture: several sources, listed in `parts`."""
     path: Annotated[str, BeforeValidator(at_home)] | None = None
-    """files: a file that ends in .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet, a folder or a glob.
-    hf: a Hub id or a folder."""
+    """For `files`: a .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, a folder of such files, or a glob pattern.
+    For `hf`: a Hub id or a folder."""
     name: str | None = None
-    """hf: the data set's configuration."""
+    """For `hf`: name of the data set's configuration; null: its default."""
     revision: str | None = None
-    """hf: branch, tag or commit on the Hub."""
+    """For `hf`: branch, tag or commit on the Hub; null: the default branch."""
     split: str = "train"
-    """hf."""
+    """For `hf`: split of the data set."""
     streaming: bool = True
-    """hf: read while it is fetched; false: downloaded first, and shuffled as a whole."""
+    """For `hf`: whether to read the data set while downloading it; false: download it first and shuffle it as a
+    whole."""
     encoding: str | None = None
-    """files: encoding of text and JSON lines without a byte order mark, any that Python knows; null: UTF-8. A byte
-    order mark of UTF-8, UTF-16 or UTF-32 always decides."""
+    """For `files`: encoding of .txt and .jsonl files, any that Python supports; null: UTF-8. A byte order mark of
+    UTF-8, UTF-16 or UTF-32 takes precedence."""
     text_field: str = "text"
+    """Field of a record that contains its text."""
     chat_field: str | None = None
-    """Field of a list of messages, which the tokenizer's chat template makes text of; instead of `text_field`."""
+    """Field that contains a list of chat messages, rendered with the tokenizer's chat template; replaces
+    `text_field`."""
     tokens_field: str | None = None
-    """Field of a list of token ids, used as they are; instead of `text_field`."""
+    """Field that contains a list of token ids, used without tokenisation; replaces `text_field`."""
     mask_field: str | None = None
-    """With `tokens_field`: field of 0 or 1 a token; activations of tokens with 0 are not used."""
+    """With `tokens_field`: field that contains one 0 or 1 per token; activations of tokens with 0 are not used."""
     shuffle_documents: Positive | None = None
-    """Documents are shuffled within windows of so many; null: 1000 of a streamed data set, 1 of files."""
+    """Number of documents per window within which documents are shuffled; null: 1000 for a streamed data set, 1 for
+    files."""
     bad_records: Literal["error", "skip"] = "error"
-    """What happens at a record that cannot be used (not JSON, a missing field, half of a surrogate pair, ids that the
-    tokenizer does not have): an error that names it, or it is skipped and counted."""
+    """What to do with unusable records (not JSON, a missing field, an unpaired surrogate, token ids unknown to the
+    tokenizer). error: stop and name the record. skip: skip and count it."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    """Share of the documents that training leaves to evaluations, chosen by a hash of each document's content. A source
-    in which this would be fewer than 4 documents is read whole by both, and evaluations say so."""
+    """Fraction of the documents held out from training for evaluation, chosen by a hash of each document's content. If
+    this would be fewer than 4 documents, training and evaluation both use all documents, and evaluations report it."""
 
     @field_validator("encoding")
     @classmethod
@@ -65,11 +71,11 @@ class TextSource(Frozen):
             if encoding is not None:
                 if codecs.lookup(encoding).incrementaldecoder is None:
                     raise LookupError
-                b"".decode(encoding)  # refuses codecs that do not make text of bytes
+                b"".decode(encoding)  # raises for codecs that do not decode bytes to text
                 "".encode(encoding)
         except (LookupError, ValueError):
             raise ValueError(
-                f"got {encoding!r}; accepted are null (UTF-8) and the text encodings that Python knows, for example "
+                f"got {encoding!r}; accepted are null (UTF-8) and Python's text encodings, for example "
                 "utf-16-le, latin-1, cp1252"
             ) from None
         return encoding
@@ -80,18 +86,20 @@ class TextSource(Frozen):
         if "path" in known and not self.path:
             raise ValueError(f"path: nothing given; source {self.source!r} needs one")
         if self.source == "stdlib" and self.path:
-            raise ValueError(f"path: got {self.path!r}; source 'stdlib' takes none (did you mean source: files?)")
+            raise ValueError(f"path: got {self.path!r}; source 'stdlib' takes none (did you mean `source: files`?)")
         for key in dict.fromkeys(key for keys in _KEYS_OF.values() for key in keys):
             if key not in known and self._given(key):
                 owners = ", ".join(source for source, keys in _KEYS_OF.items() if key in keys)
                 raise ValueError(f"{key}: got {getattr(self, key)!r}; source {self.source!r} takes none, only {owners}")
         forms = [key for key in ("text_field", "chat_field", "tokens_field") if self._given(key)]
         if len(forms) > 1:
-            raise ValueError(f"{forms[1]}: given beside {forms[0]}; a document has one form, so give one of the two")
+            raise ValueError(f"{forms[1]}: given together with {forms[0]}; give only one of the two")
         if self.mask_field is not None and self.tokens_field is None:
-            raise ValueError(f"mask_field: got {self.mask_field!r}, which goes with tokens_field; none is given")
+            raise ValueError(f"mask_field: got {self.mask_field!r} without tokens_field; give both or neither")
         if self.shuffle_documents is not None and not self.streaming:
-            raise ValueError("shuffle_documents: given, but with streaming: false the whole data set is shuffled")
+            raise ValueError(
+                "shuffle_documents: not used with `streaming: false`, which shuffles the whole data set; remove it"
+            )
         return self
 
     def _given(self, key: str) -> bool:
@@ -101,39 +109,40 @@ class TextSource(Frozen):
 
 
 class MixturePart(TextSource):
-    """One source of several."""
+    """One of the sources of a mixture."""
 
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of the tokens, relative to the other parts' weights."""
+    """Share of the tokens that come from this source, relative to the weights of the other parts."""
 
     @model_validator(mode="after")
     def _check_part(self) -> MixturePart:
         if self.source == "mixture":
-            raise ValueError("source: got 'mixture' within a mixture; list its parts beside the others")
+            raise ValueError("source: got 'mixture' within a mixture; list its parts directly in the outer mixture")
         return self
 
 
 class DataConfig(TextSource):
-    """The text."""
+    """The text that the language model reads."""
 
     parts: list[MixturePart] = Field(default_factory=list)
-    """mixture: two sources or more, each with a `weight`."""
+    """For `mixture`: two or more sources, each with a `weight`."""
     spelling_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of tokens that come from spelling lists, made of the tokenizer's own words."""
+    """Fraction of the tokens that come from spelling lists, generated from words in the tokenizer's vocabulary."""
     context: Annotated[int, Field(ge=2)] = 128
-    """Tokens of a row that the model reads at once."""
+    """Number of tokens per row, the context that the language model reads at once."""
     drop_tokens: list[StrictInt | StrictStr] = Field(default_factory=list)
-    """Tokens whose activations are not used: ids, or strings that are one token. The model reads them all the same."""
+    """Tokens whose activations are not used, as ids or as strings that are a single token. The model still reads
+    them."""
     prepend_bos: bool | None = None
-    """Whether each row opens with BOS; null: where the tokenizer has one."""
+    """Whether each row begins with the BOS token; null: if the tokenizer has one."""
     rows: Literal["packed", "as_is"] = "packed"
-    """packed: documents are joined and cut into rows. as_is: each record of `tokens_field` is one row, cut or padded to
-    `context`; nothing is joined or added."""
+    """How documents become rows. packed: documents are concatenated and cut into rows. as_is: each record of
+    `tokens_field` is one row, truncated or padded to `context`; nothing is joined or added."""
     parse_special_tokens: bool = False
-    """Whether a special token that is spelled out in a document (`<|endoftext|>`) becomes that token; false: it is text
-    like any other. A chat template's own are always tokens."""
+    """Whether the text of a special token in a document, such as `<|endoftext|>`, becomes that token; false: it is
+    treated as ordinary text. Special tokens from a chat template always become tokens."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that tokenise; 0: this one does. Rows do not depend on it."""
+    """Number of processes for tokenisation; 0: tokenise in the main process. The rows do not depend on it."""
 
     @model_validator(mode="after")
     def _check_parts(self) -> DataConfig:
@@ -145,24 +154,26 @@ class DataConfig(TextSource):
                 raise ValueError(f"rows: got 'as_is', which needs tokens_field; {', '.join(without)} has none")
             for key in ("spelling_fraction", "prepend_bos"):
                 if getattr(self, key):
-                    raise ValueError(f"{key}: got {getattr(self, key)!r}, but rows: as_is adds nothing to the records")
+                    raise ValueError(
+                        f"{key}: got {getattr(self, key)!r}, but `rows: as_is` adds nothing to the records"
+                    )
         return self
 
     @property
     def sections(self) -> dict[str, TextSource]:
-        """The sources by where they stand in the YAML: `data`, or `data.parts.0` and on."""
+        """The sources by their location in the configuration: `data`, or `data.parts.0` and so on."""
         if self.source == "mixture":
             return {f"data.parts.{number}": part for number, part in enumerate(self.parts)}
         return {"data": self}
 
 
 def text_to_evaluate(data: dict[str, Any], trained: dict[str, Any] | None) -> dict[str, Any]:
-    """The text of an evaluation, with the share that training left out of it.
+    """The text of an evaluation, with `held_out` set to the fraction that training held out of it.
 
     Arguments:
-        data: what `DataConfig` takes.
-        trained: the same of training; None: not known. Text that training did not read is evaluated on whole, and so is
-            text from which it left nothing out, as before there was `held_out`.
+        data: the text, as keyword arguments of `DataConfig`.
+        trained: the text of training, likewise; None if unknown. Text that training did not use, or held nothing out of
+            (as in versions before `held_out`), is evaluated on as a whole.
     """
 
     def of(source: dict[str, Any], known: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""YAML as configurations are written: where YAML 1.1 silently does something else, an error or the text as written.
+"""A YAML loader for configurations that is stricter than YAML 1.1 where the latter silently does the unexpected.
 
-An error: a key given twice or without a value, a key that is no text, a second document, tabs. Left as written: `no`,
-`on`, `12:30`, `007` and `2024-01-31` stay text (true and false alone are booleans).
+Errors: a key that is duplicate, has no value or is not a string; a second document; tabs. Only `true` and `false` are
+booleans, and `no`, `on`, `12:30`, `007` and `2024-01-31` remain strings.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ class _Fault(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loading; see this module."""
+    """Safe loader with the rules of this module."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
     def compose_mapping_node(self, anchor: Any) -> Any:
-        """A mapping as it is written, before `<<` is merged into it: what it gives itself may be merged as well."""
+        """Check a mapping's keys before `<<` is merged into it: its own keys may override merged ones."""
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
-                raise _Fault(f"line {line}: a key is a name; got {_snippet(key)!r}")
+                raise _Fault(f"line {line}: a key must be a string; got {_snippet(key)!r}")
             if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
                 kind = key.tag.rpartition(":")[2]
-                raise _Fault(f"line {line}: a key is a name; got {key.value!r}, which YAML reads as {kind}")
+                raise _Fault(f"line {line}: a key must be a string; got {key.value!r}, which YAML reads as {kind}")
             if key.value in lines:
                 raise _Fault(f"line {line}: {key.value!r} is given twice, first in line {lines[key.value]}; keep one")
             lines[key.value] = line
         return node
 
     def construct_yaml_null(self, node: Any) -> None:
-        if not node.value:  # an empty `c2r:` would train a baseline in silence
+        if not node.value:  # an empty `c2r:` would silently train without C²R
             raise _Fault(
-                f"line {node.start_mark.line + 1}, {_snippet(node)!r}: nothing given; fill it in, leave it out, or "
-                "write null where nothing is meant"
+                f"line {node.start_mark.line + 1}, {_snippet(node)!r}: no value given; add one, remove the key, or "
+                "write null if none is intended"
             )
 
 
@@ -66,10 +66,10 @@ _Loader.add_constructor("tag:yaml.org,2002:null", _Loader.construct_yaml_null)
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML text, of dicts, lists and scalars of its own (anchors share nothing once it is read).
+    """Load a YAML text as dicts, lists and scalars. Anchors are copied, so that no two places share an object.
 
     Raises:
-        ValueError: it is not YAML, or says something that is refused; names the line.
+        ValueError: not YAML, or something that this module refuses; names the line.
     """
     try:
         return _unshared(yaml.load(text, Loader=_Loader))
@@ -78,17 +78,17 @@ def load_yaml(text: str) -> Any:
     except ComposerError as error:
         if error.problem == "but found another document":
             line = error.problem_mark.line + 1 if error.problem_mark else 0
-            raise ValueError(f"line {line}: a second document begins; a file holds one configuration") from error
-        raise ValueError(f"it is not readable YAML: {error}") from error
+            raise ValueError(f"line {line}: a second document begins; a file contains one configuration") from error
+        raise ValueError(f"not valid YAML: {error}") from error
     except ScannerError as error:
         mark = error.problem_mark
         if mark is not None and "\\t" in (error.problem or ""):
             raise ValueError(
-                f"line {mark.line + 1}, column {mark.column + 1}: a tab; YAML is indented with spaces"
+                f"line {mark.line + 1}, column {mark.column + 1}: a tab; indent YAML with spaces"
             ) from error
-        raise ValueError(f"it is not readable YAML: {error}") from error
+        raise ValueError(f"not valid YAML: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"it is not readable YAML: {error}") from error
+        raise ValueError(f"not valid YAML: {error}") from error
 
 
 def _unshared(value: Any) -> Any:

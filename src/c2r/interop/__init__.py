@@ -1,1 +1,1 @@
-"""Files of other libraries, in and out."""
+"""Reading and writing the file formats of other libraries."""

@@ -1,4 +1,4 @@
-"""What a folder that is no SAE folder of ours or SAELens's may be instead, for an error that helps."""
+"""Recognises folders that are not SAE folders of c2r or SAELens, for helpful error messages."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _FAMILIES = (
     (("hyperparams.json",), "Llama Scope"),
     (("config.yaml", "layer_0.safetensors"), "circuit-tracer"),
 )
-"""Files by which folders of others are known, and whose they are."""
+"""Files that identify another library's folder, and the library's name."""
 _SHOWN = 8
 
 
 def refuse_pickle(path: Path) -> None:
-    """Refuse a pickle in place of the weights, whatever it is called: opening one can run code.
+    """Refuse a pickle file, whatever its name, since opening it can execute code.
 
     Raises:
-        ValueError: it is one.
+        ValueError: the file is a pickle.
     """
-    # safetensors opens with the length of its header, whose upper bytes are 0, and then with the header.
+    # A safetensors file begins with its header's length (8 bytes, upper ones 0), then the header ("{").
     with path.open("rb") as file:
         head = file.read(9)
     if head.startswith((b"PK\x03\x04", b"\x80")) and head[8:] != b"{":
@@ -33,13 +33,15 @@ def refuse_pickle(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Find the two files of an SAE folder.
+    """Check that the two files of an SAE folder exist.
 
     Raises:
-        ValueError: they are not there; says what is, and whose folder it is if that can be seen.
+        ValueError: they do not; says what the folder contains, and which library wrote it if that is recognised.
     """
     if folder.is_file():
-        raise ValueError(f"{folder}: not an SAE folder but a file; give the folder that holds {CONFIG} and {WEIGHTS}")
+        raise ValueError(
+            f"{folder}: not an SAE folder but a file; give the folder that contains {CONFIG} and {WEIGHTS}"
+        )
     if not folder.is_dir():
         raise ValueError(f"{folder}: not an SAE folder; there is no such folder")
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
@@ -48,8 +50,8 @@ def check_folder(folder: Path) -> None:
     for marks, family in _FAMILIES:
         if all((folder / mark).is_file() for mark in marks):
             raise ValueError(
-                f"{folder}: recognised as a folder of {family}; reading these is not supported yet. Read are folders "
-                f"of c2r and SAELens: {CONFIG} and {WEIGHTS}"
+                f"{folder}: recognised as a folder of {family}, which c2r cannot read yet; accepted are folders of c2r "
+                f"and SAELens, with {CONFIG} and {WEIGHTS}"
             )
     files = sorted(path.name for path in folder.iterdir())
     for name in files:
@@ -57,33 +59,35 @@ def check_folder(folder: Path) -> None:
             raise ValueError(_said_of_pickle(folder / name))
     inside = [name for name in files if (folder / name / CONFIG).is_file()]
     if inside:
-        raise ValueError(f"{folder}: not an SAE folder; it holds {len(inside)}, give one of them: {_listed(inside)}")
+        raise ValueError(
+            f"{folder}: not an SAE folder; it contains {len(inside)} SAE folders, give one of them: {_listed(inside)}"
+        )
     raise ValueError(
-        f"{folder}: not an SAE folder; it has no {' and no '.join(missing)}; found {_listed(files) or 'nothing'}"
+        f"{folder}: not an SAE folder; it has no {' and no '.join(missing)}; it contains {_listed(files) or 'nothing'}"
     )
 
 
 def family_of_config(raw: object) -> str | None:
-    """Whose `cfg.json` this is, where it is not SAELens's."""
+    """Name of the library that wrote this `cfg.json`, if recognised as another than SAELens; otherwise None."""
     if isinstance(raw, dict) and "architecture" not in raw and "d_sae" not in raw and "num_latents" in raw:
         return "sparsify (EleutherAI)"
     return None
 
 
 def read_json(path: Path) -> object:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is corrupt.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path.parent}: damaged SAE folder: {path.name}: {error}") from error
+        raise ValueError(f"{path.parent}: corrupt SAE folder: {path.name}: {error}") from error
 
 
 def _said_of_pickle(path: Path) -> str:
-    return f"{path.parent}: {path.name} is a pickle, which could run code and was not opened; c2r reads safetensors"
+    return f"{path.parent}: {path.name} is a pickle, which can execute code, and was not opened; c2r reads safetensors"
 
 
 def _listed(names: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""What `cfg.json` of an SAE folder says, checked once: SAELens's, also of versions before 6, and c2r's own section.
+"""Parses and validates `cfg.json` of an SAE folder: SAELens's format, including before version 6, and c2r's section.
 
-Before version 6 SAELens wrote one flat object; since then, what concerns the language model stands under `metadata`.
-Both become the second form here, with `architecture` and `k` as they are meant. F latents · D width of the activations.
+Before version 6, SAELens wrote one flat object; since then, keys about the language model are under `metadata`. Both
+are converted to the second form here, with `architecture` and `k` normalised.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ DTYPES = ("float32", "float64", "float16", "bfloat16", "fp32", "fp16", "bf16")
 
 
 class _Open(BaseModel):
-    """Keys that are known have their type; others pass."""
+    """Checks the types of known keys and permits unknown keys."""
 
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
 
 class Metadata(_Open):
-    """What concerns the language model and its text. `c2r.eval.provenance` has what is done about each key."""
+    """Keys about the language model and its text. `c2r.eval.provenance` says how each is used."""
 
     model_name: str | None = None
     hook_name: str | None = None
@@ -48,7 +48,7 @@ class Metadata(_Open):
 
 
 class _Trained(_Open):
-    """c2r's section of one SAE, as far as an evaluation reads it."""
+    """c2r's configuration of the SAE, as far as evaluations use it."""
 
     k: float | int | None = None
     target_l0: float | int | None = None
@@ -56,14 +56,14 @@ class _Trained(_Open):
 
 
 class _State(_Open):
-    """Numbers found in training, as far as an evaluation reads them."""
+    """Values found in training, as far as evaluations use them."""
 
     max_norm: float | int | None = None
     stopped: str | None = None
 
 
 class _Ours(_Open):
-    """What c2r adds."""
+    """The section that c2r adds."""
 
     model: dict[str, Any] | None = None
     data: dict[str, Any] = {}
@@ -99,30 +99,30 @@ _RENAMED = {
     "hook_point_head_index": "hook_head_index",
     "activation_fn_str": "activation_fn",
 }
-"""Key of an older version → key of today."""
+"""Key in older versions → current key."""
 _ARCHITECTURES = {"abstopk": "abs_topk"}
-"""SAELens's name → ours, where they differ."""
+"""SAELens's name → c2r's name, where they differ."""
 READ = ("standard", "topk", "jumprelu", "gated", "abs_topk")
 _KNOWN = {
-    "batchtopk": "a checkpoint of training; SAELens's inference form of it, which it saves as jumprelu, is read",
-    "matryoshka_batchtopk": "a checkpoint of training; SAELens's inference form of it, saved as jumprelu, is read",
+    "batchtopk": "a training checkpoint; c2r reads the inference form that SAELens saves as jumprelu",
+    "matryoshka_batchtopk": "a training checkpoint; c2r reads the inference form that SAELens saves as jumprelu",
     "transcoder": "a transcoder, which reads one place of the model and writes another",
     "skip_transcoder": "a transcoder, which reads one place of the model and writes another",
     "jumprelu_transcoder": "a transcoder, which reads one place of the model and writes another",
     "jumprelu_skip_transcoder": "a transcoder, which reads one place of the model and writes another",
-    "crosscoder": "a crosscoder, which reads several places of the model",
+    "crosscoder": "a crosscoder, which reads several hook points",
     "temporal": "an SAE whose activations depend on earlier tokens",
     "matching_pursuit": "an SAE that encodes in several passes",
 }
 _NORMALISED = {
-    "layer_norm": "it subtracts each token's mean and divides by its standard deviation, which no weights can hold",
-    "constant_norm_rescale": "it divides each token by its norm, which no weights can hold",
-    "covariance_whitening": "the matrix that whitens is not in the file",
+    "layer_norm": "it standardises each token, which cannot be expressed in the weights",
+    "constant_norm_rescale": "it divides each token by its norm, which cannot be expressed in the weights",
+    "covariance_whitening": "the whitening matrix is not in the file",
 }
 
 
 class Described(BaseModel):
-    """What the weights of a file are, as its `cfg.json` has it."""
+    """Description of the weights, from `cfg.json`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -132,18 +132,18 @@ class Described(BaseModel):
     k: int | None
     subtract_b_dec: bool
     input_scale: float
-    """What activations are multiplied by before they are encoded."""
+    """Factor by which activations are multiplied before they are encoded."""
     rescaled: bool
-    """Whether the k largest are chosen by pre-activation times decoder norm."""
+    """Whether the k largest are selected by pre-activation times decoder norm."""
     finetuned: bool
-    """Whether a factor per latent stands between activations and decoder."""
+    """Whether activations are multiplied by a factor per latent before decoding."""
 
 
 def checked(raw: Any) -> dict[str, Any]:
-    """`cfg.json` in today's form: older keys renamed, what concerns the model under `metadata`.
+    """Convert `cfg.json` to the current form: old keys renamed, keys about the model under `metadata`.
 
     Raises:
-        ValueError: a value of the wrong type, or a key that is given twice with different values; names the key.
+        ValueError: a value has the wrong type, or a key is given twice with different values; names the key.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"expected an object, got {type(raw).__name__}")
@@ -151,7 +151,7 @@ def checked(raw: Any) -> dict[str, Any]:
     for key, value in dict[str, Any](raw).items():
         _set(config, _RENAMED.get(key, key), value, key)
     if config.get("c2r", {}) is None:
-        raise ValueError("c2r: got null; accepted is an object, or no such key")
+        raise ValueError("c2r: got null; accepted is an object, or leave out the key")
     _validate(_File, config)
     metadata: dict[str, Any] = {}
     for key in Metadata.model_fields:
@@ -164,10 +164,10 @@ def checked(raw: Any) -> dict[str, Any]:
 
 
 def described(config: dict[str, Any]) -> Described:
-    """What the weights beside a `checked` configuration are.
+    """Describe the weights that belong to a configuration from `checked`.
 
     Raises:
-        ValueError: the file asks for something that is not read; names the key, its value and what is accepted.
+        ValueError: the file uses something that c2r does not support; names the key, its value and what is accepted.
     """
     architecture, k = _activation(config)
     return Described(
@@ -183,30 +183,30 @@ def described(config: dict[str, Any]) -> Described:
 
 
 def _activation(config: dict[str, Any]) -> tuple[str, int | None]:
-    """The architecture as it is meant, and k: before version 6, TopK was `standard` with an activation function."""
+    """The actual architecture, and k. Before version 6, TopK was `standard` with `activation_fn` topk."""
     given = config.get("architecture") or "standard"
     architecture = _ARCHITECTURES.get(given, given)
     if architecture not in READ:
         why = f". This is {_KNOWN[architecture]}" if architecture in _KNOWN else ""
-        raise ValueError(f"architecture is {given!r}; read are {', '.join(READ)}{why}")
+        raise ValueError(f"architecture: got {given!r}; accepted are {', '.join(READ)}{why}")
     function, kwargs = config.get("activation_fn"), config.get("activation_fn_kwargs") or {}
     spelt = "".join(letter for letter in (function or "").lower() if letter.isalnum())
     ranks = architecture in ("topk", "abs_topk")
     if spelt == "topk" and architecture == "standard":
         architecture = "topk"
     elif spelt not in ("", "topk" if ranks else "relu", architecture if architecture == "jumprelu" else ""):
-        wanted = "topk" if ranks else "relu, or topk in architecture 'standard'"
-        raise ValueError(f"activation_fn is {function!r} in architecture {given!r}; read is {wanted}")
+        wanted = "topk" if ranks else "relu, or topk with architecture 'standard'"
+        raise ValueError(f"activation_fn: got {function!r} with architecture {given!r}; accepted is {wanted}")
     if architecture not in ("topk", "abs_topk"):
         return architecture, None
     if kwargs.get("postact_fn") not in (None, "relu", "ReLU"):
-        raise ValueError(f"activation_fn_kwargs.postact_fn is {kwargs['postact_fn']!r}; read is 'relu'")
+        raise ValueError(f"activation_fn_kwargs.postact_fn: got {kwargs['postact_fn']!r}; accepted is 'relu'")
     counts = {"k": config.get("k"), "activation_fn_kwargs.k": _whole(kwargs.get("k"))}
     found = {name: value for name, value in counts.items() if value is not None}
     if not found:
         raise ValueError(f"k: missing; architecture {architecture!r} needs the number of active latents per token")
     if len(set(map(str, found.values()))) > 1:
-        raise ValueError(f"k: {' and '.join(f'{name} is {value!r}' for name, value in found.items())}; give one")
+        raise ValueError(f"k: {' and '.join(f'{name} is {value!r}' for name, value in found.items())}; they must agree")
     k, width = next(iter(found.values())), config.get("d_sae")
     if type(k) is not int or k < 1 or (width is not None and k > width):
         raise ValueError(f"k: got {k!r}; accepted are whole numbers from 1 to d_sae, {width}")
@@ -214,35 +214,35 @@ def _activation(config: dict[str, Any]) -> tuple[str, int | None]:
 
 
 def _input_scale(config: dict[str, Any]) -> float:
-    """What activations are multiplied by, where the file states it; 1 where they are taken as they are."""
+    """Factor by which the file says activations are multiplied; 1 if they are not scaled."""
     if config.get("reshape_activations") not in (None, "none"):
-        raise ValueError(f"reshape_activations is {config['reshape_activations']!r}; only 'none' is read")
+        raise ValueError(f"reshape_activations: got {config['reshape_activations']!r}; accepted is 'none'")
     dtype = config.get("dtype")
     if dtype is not None and dtype.removeprefix("torch.") not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; read are {', '.join(DTYPES)}")
-    # Before version 4 it was true or false.
+        raise ValueError(f"dtype: got {dtype!r}; accepted are {', '.join(DTYPES)}")
+    # Before version 4, `normalize_activations` was true or false.
     how, factor = config.get("normalize_activations"), config.get("norm_scaling_factor")
     if how in (None, False, "none"):
         return 1.0
     if how in (True, "expected_average_only_in"):
         if factor is None:
             raise ValueError(
-                f"normalize_activations is {how!r}: activations are scaled to an average norm, and the file does not "
-                "say by what; read are 'none', or a norm_scaling_factor beside it (what activations are multiplied by)"
+                f"normalize_activations: got {how!r}, which scales activations by a factor that is not in the file; "
+                "accepted are 'none', or an additional key norm_scaling_factor with that factor"
             )
         if not 0 < factor < float("inf"):
-            raise ValueError(f"norm_scaling_factor is {factor!r}; accepted are numbers above 0")
+            raise ValueError(f"norm_scaling_factor: got {factor!r}; accepted are numbers above 0")
         return float(factor)
-    why = f": {_NORMALISED[str(how)]}" if how in _NORMALISED else ""
-    raise ValueError(f"normalize_activations is {how!r}{why}; only 'none' is read")
+    why = f" ({_NORMALISED[str(how)]})" if how in _NORMALISED else ""
+    raise ValueError(f"normalize_activations: got {how!r}{why}; accepted is 'none'")
 
 
 def _set(into: dict[str, Any], key: str, value: Any, said_as: str) -> None:
-    """Set a key that may be there under another name already; null says nothing."""
+    """Set a key that may already be set under another name; null does not override a value."""
     if value is None and into.get(key) is not None:
         return
     if into.get(key) is not None and into[key] != value:
-        raise ValueError(f"{said_as} is {value!r}, but {key} is {into[key]!r} elsewhere in the file")
+        raise ValueError(f"{said_as}: got {value!r}, but {key} is {into[key]!r} elsewhere in the file; they must agree")
     into[key] = value
 
 
@@ -254,7 +254,7 @@ def _validate(schema: type[BaseModel], value: dict[str, Any]) -> None:
 
 
 def _fault(fault: Any) -> str:
-    """One fault of pydantic's, as key, what is accepted and what was given."""
+    """One pydantic error as a sentence: the key, what was given and what is accepted."""
     said = re.sub(r" or instance of \w+", "", fault["msg"].removeprefix("Input should be "))
     given = repr(fault["input"])
     return (

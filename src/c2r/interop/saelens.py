@@ -1,7 +1,9 @@
-"""SAELens's folder, which is also the one c2r writes: `cfg.json` and `sae_weights.safetensors`.
+"""Reads and writes SAE folders in SAELens's format: `cfg.json` and `sae_weights.safetensors`.
 
-Layout there: `W_enc [D, F]`, `W_dec [F, D]`. Ours is latent-major and is turned at this border and nowhere else.
-c2r's own settings ride along in `cfg.json` under `c2r`, which SAELens ignores.
+The file's layout is `W_enc [D, F]` and `W_dec [F, D]`; c2r stores `W_enc` as `[F, D]` and transposes it only here. Its
+own settings are saved in `cfg.json` under `c2r`, which SAELens ignores.
+
+D width of the activations · F latents.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from c2r.interop.sae_config import Described, checked, described
 from c2r.sae.model import SAE, Extra, count_not_finite, row_norms
 
 SAELENS_VERSION = "6.54.12"
-"""The version whose format this is. Without one in the metadata, SAELens discards the metadata."""
+"""The SAELens version of this format. SAELens discards metadata that does not contain a version."""
 _COMMON = {"W_enc", "W_dec", "b_dec"}
 _TENSORS: dict[str, set[str]] = {
     "standard": _COMMON | {"b_enc"},
@@ -32,22 +34,22 @@ _TENSORS: dict[str, set[str]] = {
     "gated": _COMMON | {"b_gate", "r_mag", "b_mag"},
     "abs_topk": _COMMON | {"b_enc"},
 }
-"""By architecture. SAELens knows all but abs_topk, which it calls abstopk."""
+"""Tensors of each architecture. SAELens's name for abs_topk is abstopk."""
 _FACTORS = ("scaling_factor", "finetuning_scaling_factor")
-"""Names of the factor per latent between activations and decoder that SAELens trained before version 6."""
+"""Names of a factor per latent, applied before decoding, that SAELens trained before version 6."""
 _MAY_MATTER = ("w_", "b_", "threshold", "scal", "norm", "gate", "mag", "bias", "weight", "skip", "mask", "factor")
-"""A tensor of another name that contains one of these may change what the SAE computes."""
+"""An unknown tensor whose name contains one of these may change what the SAE computes."""
 
 
 def save_sae(sae: SAE, folder: Path, *, metadata: dict[str, Any], c2r: dict[str, Any]) -> None:
-    """Write the SAE folder, whole or not at all. It computes what `sae` does.
+    """Write an SAE folder atomically. The saved SAE is equivalent to `sae`.
 
-    Decoder rows are brought to unit norm where the format can express that: "topk" and "abs_topk" choose by
-    pre-activations, and keep norms that the choice depends on.
+    Decoder rows are scaled to unit norm if the format can express that. "topk" and "abs_topk" select latents by
+    pre-activation, so they keep norms on which the selection depends.
 
     Arguments:
-        metadata: what SAELens keeps of an SAE's origin (`model_name`, `hook_name`, `context_size`, …).
-        c2r: our own settings and the numbers found in training.
+        metadata: SAELens's metadata about the SAE's origin (`model_name`, `hook_name`, `context_size`, …).
+        c2r: c2r's own settings and values found in training.
     """
     sae = sae.with_unit_rows().with_plain_ranking()
     tensors = {"W_dec": sae.W_dec, "b_dec": sae.b_dec, "W_enc": sae.W_enc.T}
@@ -79,15 +81,15 @@ def save_sae(sae: SAE, folder: Path, *, metadata: dict[str, Any], c2r: dict[str,
 
 
 def load_sae(path: str | Path) -> SAE:
-    """Read an SAE folder that c2r or SAELens wrote (architectures standard, topk, jumprelu, gated, abs_topk).
+    """Read an SAE folder written by c2r or SAELens (architectures standard, topk, jumprelu, gated, abs_topk).
 
-    Folders of SAELens before version 6 are read too. Weights of any floating-point type become fp32. What a file asks
-    for and plain weights can express is folded into them; anything else that would change what the SAE computes is
-    refused.
+    Folders of SAELens before version 6 are supported too. Weights of any floating-point type are converted to fp32.
+    Settings that can be expressed in the weights are folded into them; other settings that would change what the SAE
+    computes are refused.
 
     Raises:
-        ValueError: no such folder, a damaged or foreign file, a pickle instead of the weights (it is not opened),
-            weights that are not finite, or something that is not read; names the file, the key or tensor and the value.
+        ValueError: no such folder, a corrupt file, another format, a pickle instead of the weights (it is not opened),
+            NaN or infinity in the weights, or an unsupported setting; names the file, the key or tensor and the value.
     """
     folder = Path(path).expanduser()
     if (folder / WEIGHTS).is_file():
@@ -95,7 +97,7 @@ def load_sae(path: str | Path) -> SAE:
     check_folder(folder)
     raw = read_json(folder / CONFIG)
     if family := family_of_config(raw):
-        raise ValueError(f"{folder}/{CONFIG}: recognised as one of {family}; reading these is not supported yet")
+        raise ValueError(f"{folder}/{CONFIG}: recognised as written by {family}, which c2r cannot read yet")
     try:
         config = checked(raw)
         says = described(config)
@@ -104,7 +106,7 @@ def load_sae(path: str | Path) -> SAE:
     try:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
-        raise ValueError(f"{folder}: damaged SAE folder: {WEIGHTS}: {error}") from error
+        raise ValueError(f"{folder}: corrupt SAE folder: {WEIGHTS}: {error}") from error
     try:
         weights = _weights(tensors, says)
     except ValueError as error:
@@ -114,25 +116,27 @@ def load_sae(path: str | Path) -> SAE:
 
 
 def _weights(tensors: dict[str, Tensor], says: Described) -> dict[str, Tensor]:
-    """The tensors of the architecture in fp32, `threshold` as `[F]`, and `factor [F]` if there is one.
+    """The architecture's tensors in fp32, with `threshold` expanded to `[F]`, and `factor [F]` if there is one.
 
     Raises:
-        ValueError: tensors that are missing, of another shape, not numbers, not finite, or may change the function.
+        ValueError: a tensor is missing, has the wrong shape or type, contains NaN or infinity, or is unknown and may
+            change what the SAE computes.
     """
     wanted = _TENSORS[says.architecture]
     if says.architecture == "jumprelu" and "log_threshold" in tensors and "threshold" not in tensors:
-        tensors = {**tensors, "threshold": tensors["log_threshold"].float().exp()}  # SAELens 4 and 5 in training
+        # training checkpoints of SAELens 4 and 5
+        tensors = {**tensors, "threshold": tensors["log_threshold"].float().exp()}
         del tensors["log_threshold"]
     if not wanted <= set(tensors):
         raise ValueError(f"expected the tensors {sorted(wanted)}, found {sorted(tensors)}")
     for name, tensor in tensors.items():
         known = name in wanted or name in _FACTORS
         if known and not tensor.is_floating_point():
-            raise ValueError(f"{name} is of type {tensor.dtype}; read are floating-point numbers")
+            raise ValueError(f"{name}: got type {tensor.dtype}; accepted are floating-point numbers")
         if not known and (reason := _may_matter(name, tensor, says.d_sae)):
             raise ValueError(
                 f"expected the tensors {sorted(wanted)}, found {name} {list(tensor.shape)} too. It may change what the "
-                f"SAE computes ({reason}), and architecture {says.architecture!r} has no such tensor"
+                f"SAE computes ({reason}), but architecture {says.architecture!r} has no such tensor"
             )
     if "threshold" in wanted and tensors["threshold"].numel() == 1:
         tensors = {**tensors, "threshold": tensors["threshold"].reshape(1).expand(len(tensors["W_dec"]))}
@@ -142,7 +146,7 @@ def _weights(tensors: dict[str, Tensor], says: Described) -> dict[str, Tensor]:
         tensor, shape = tensors[name], shapes.get(name, (width,))
         if tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{name} is {list(tensor.shape)}, cfg.json says {list(shape)} (d_in {d_in}, d_sae {width})"
+                f"{name}: got shape {list(tensor.shape)}; expected {list(shape)} (cfg.json: d_in {d_in}, d_sae {width})"
             )
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name}: {count_not_finite(tensor)}; did the training of this SAE diverge?")
@@ -154,28 +158,28 @@ def _weights(tensors: dict[str, Tensor], says: Described) -> dict[str, Tensor]:
 
 
 def _factor(name: str, factor: Tensor, says: Described) -> dict[str, Tensor]:
-    """The factor between activations and decoder; nothing where it is 1."""
+    """The factor applied to activations before decoding, as `{"factor": …}`; empty if it is 1."""
     if bool(torch.isclose(factor, torch.ones(())).all()):
         return {}
     if not says.finetuned:
-        raise ValueError(f"{name} is not 1 everywhere, but finetuning_scaling_factor in cfg.json does not ask for it")
+        raise ValueError(f"{name} is not 1 everywhere, but finetuning_scaling_factor in cfg.json is not true")
     if tuple(factor.shape) != (says.d_sae,) or not bool(factor.isfinite().all()):
-        raise ValueError(f"{name} {list(factor.shape)}: accepted are {says.d_sae} finite numbers")
+        raise ValueError(f"{name}: got shape {list(factor.shape)}; accepted are {says.d_sae} finite numbers")
     return {"factor": factor}
 
 
 def _may_matter(name: str, tensor: Tensor, width: int | None) -> str | None:
-    """Why a tensor that the architecture does not have could be more than bookkeeping, None where it could not."""
+    """Why an unknown tensor may change what the SAE computes; None if it cannot."""
     lower = name.lower()
     if any(lower.startswith(part) if part.endswith("_") else part in lower for part in _MAY_MATTER):
-        return "its name is one of a weight"
+        return "its name looks like a weight's"
     if tensor.numel() not in (0, 1, width):
-        return "it holds more than one number per latent"
+        return "it contains more than one number per latent"
     return None
 
 
 def _assembled(weights: dict[str, Tensor], says: Described, config: dict[str, Any]) -> SAE:
-    """The SAE, with what the file asks for besides folded into its weights."""
+    """The SAE, with the file's settings folded into its weights."""
     W_enc, W_dec, b_dec = weights["W_enc"].T, weights["W_dec"], weights["b_dec"]
     b_enc = weights["b_gate" if says.architecture == "gated" else "b_enc"]
     if says.rescaled:
@@ -184,8 +188,8 @@ def _assembled(weights: dict[str, Tensor], says: Described, config: dict[str, An
             norms, torch.ones_like(norms), atol=1e-4
         ):
             raise ValueError(
-                f"cfg.json: rescale_acts_by_decoder_norm is true in architecture {says.architecture!r} with decoder "
-                "rows that are not of unit norm; read is that with topk and abs_topk"
+                f"cfg.json: rescale_acts_by_decoder_norm: got true with architecture {says.architecture!r} and decoder "
+                "rows without unit norm; accepted are unit norm, or architectures topk and abs_topk"
             )
         norm_F = norms.float()
         W_enc, b_enc = W_enc * norm_F[:, None], b_enc * norm_F
@@ -206,9 +210,9 @@ def _assembled(weights: dict[str, Tensor], says: Described, config: dict[str, An
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    """Put a finished folder in place of an older one, which goes only when the new one stands.
+    """Rename a finished folder to `folder`, replacing an older one, which is deleted only afterwards.
 
-    What else lies in the older one, which may be any folder of a user's, moves to the new one.
+    Other files in the older folder, which may be any folder of the user's, are moved to the new one.
     """
     for file in partial.iterdir():
         with file.open("rb") as written:

@@ -1,1 +1,1 @@
-"""Training: the step, the loop around it, its folder and its checkpoints."""
+"""Training: the optimisation step, the training loop, the output folder and checkpoints."""

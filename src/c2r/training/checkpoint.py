@@ -1,9 +1,9 @@
-"""Checkpoints: all that a run needs to go on bit for bit, written so that a kill at any moment leaves none half there.
+"""Checkpoints: everything a run needs to resume bit for bit. Writing is atomic: a crash never leaves a partial one.
 
     output/checkpoints/step_00001234/tensors.safetensors    the state's tensors
-    output/checkpoints/step_00001234/state.json             the rest of it, and checksums of both
+    output/checkpoints/step_00001234/state.json             everything else, and checksums of both files
 
-A state is a tree: dicts and lists of JSON values and tensors. Nothing is pickled.
+A state is a tree of dicts and lists whose leaves are JSON values or tensors. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -32,26 +32,27 @@ _MARK = "__tensor__"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or is damaged."""
+    """A checkpoint cannot be written, or is corrupt."""
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that is whole."""
+    """An intact checkpoint."""
 
     folder: Path
     tree: dict[str, Any]
-    """The state with names in the place of tensors."""
+    """The state, with each tensor replaced by its name."""
 
     def state(self) -> dict[str, Any]:
-        """The state; tensors are mapped from the file, and so cost little memory until they are copied."""
+        """The state. Tensors are memory-mapped from the file, so they use little memory until copied."""
         return _with_tensors(self.tree, load_file(self.folder / TENSORS))
 
 
 class Checkpoints:
-    """The checkpoints of a run in `output`: when one is due, and how it is written.
+    """Decides when the run in `output` is due a checkpoint, and writes it.
 
-    With `train.checkpoint_every` unset one is due a minute after the last, or after 20 times what the last took to
-    write where that is more: a kill costs about a minute, and writing at most a twentieth of the time.
+    If `train.checkpoint_every` is unset, a checkpoint is due one minute after the last, or after 20 times as long as
+    the last took to write if that is longer. A crash then loses about a minute of training, and writing takes at most
+    5 % of the time.
     """
 
     def __init__(self, output: Path, train: TrainConfig) -> None:
@@ -59,16 +60,16 @@ class Checkpoints:
         self.saved, self.cost = time.monotonic(), 0.0
 
     def due(self, step: int) -> bool:
-        """Whether the state after `step` steps is to be kept."""
+        """Whether to write a checkpoint after `step` steps."""
         if self.every is not None:
             return step % self.every == 0
         return time.monotonic() - self.saved >= max(_SECONDS, self.cost / _SHARE)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write the state after `step` steps, and let go of all but the last `keep_checkpoints`.
+        """Write the state after `step` steps, then delete all but the last `keep_checkpoints` checkpoints.
 
         Raises:
-            CheckpointError: it cannot be written; the earlier ones are untouched.
+            CheckpointError: the checkpoint cannot be written; earlier ones are untouched.
         """
         began = time.monotonic()
         folder = self.output / CHECKPOINTS / f"step_{step:08d}"
@@ -81,21 +82,22 @@ class Checkpoints:
 
 
 def list_checkpoints(output: Path) -> list[Path]:
-    """The checkpoints in a run's folder, oldest first; whether they are whole is not looked at.
+    """Checkpoint folders of a run, oldest first, without checking that they are intact.
 
-    Anything else in `checkpoints/` is the user's and passed over.
+    Anything else in `checkpoints/` belongs to the user and is ignored.
     """
     found = ((_STEP.fullmatch(path.name), path) for path in (output / CHECKPOINTS).glob("step_*"))
     return [path for _, path in sorted((int(name[1]), path) for name, path in found if name and path.is_dir())]
 
 
 def latest_checkpoint(output: Path, *, skip_damaged: bool = False) -> Checkpoint | None:
-    """The newest checkpoint, or None where there is none.
+    """The newest checkpoint, or None if there is none.
 
-    With `skip_damaged` the newest that is whole, and those after it are removed.
+    Arguments:
+        skip_damaged: return the newest intact checkpoint, and delete the corrupt ones after it.
 
     Raises:
-        CheckpointError: the newest is damaged; names it, what is wrong, and the last good one.
+        CheckpointError: the newest checkpoint is corrupt; says what is wrong and which earlier one is intact.
     """
     damaged: list[CheckpointError] = []
     good = None
@@ -107,9 +109,9 @@ def latest_checkpoint(output: Path, *, skip_damaged: bool = False) -> Checkpoint
             damaged.append(error)
             folders.pop()
     if damaged and (good is None or not skip_damaged):
-        way = "no other is whole: --overwrite starts afresh"
+        way = "no other checkpoint is intact; start over with `c2r train --overwrite`"
         if good is not None:
-            way = f"the last good one is {good.folder}: --skip-damaged goes on from there"
+            way = f"the last intact one is {good.folder}; resume from it with `c2r train --skip-damaged`"
         raise CheckpointError(f"{damaged[0]}; {way}")
     for folder in list_checkpoints(output)[len(folders) :]:
         discard(folder)
@@ -117,12 +119,12 @@ def latest_checkpoint(output: Path, *, skip_damaged: bool = False) -> Checkpoint
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write a state as `folder`: whole, on the disk, and under its name only then.
+    """Write a state to a temporary folder, flush it to disk, then rename it to `folder`.
 
-    Tensors in the CPU's memory are written from where they are.
+    CPU tensors are not copied first.
 
     Raises:
-        CheckpointError: names the folder, the bytes it needs and those that are free.
+        CheckpointError: the folder cannot be written; names it, the bytes needed and the bytes free.
     """
     tensors: dict[str, Tensor] = {}
     body = {"format": FORMAT, "state": _without_tensors(state, "state", tensors)}
@@ -145,32 +147,32 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint, after both files were read through and compared with their checksums.
+    """Read a checkpoint and verify the checksums of both files.
 
     Raises:
-        CheckpointError: a file is missing, cut off, or not what was written; names it.
-        ValueError: a format that this version does not read.
+        CheckpointError: a file is missing, truncated or altered; names it.
+        ValueError: a checkpoint format that this version does not read.
     """
     try:
         body = json.loads((folder / STATE).read_text(encoding="utf-8"))
         intact = _digest({key: value for key, value in body.items() if key != "sha256"}) == body["sha256"]
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder / STATE} is damaged: {error}") from error
+        raise CheckpointError(f"{folder / STATE} is corrupt: {error}") from error
     if not intact:
-        raise CheckpointError(f"{folder / STATE} is damaged: it is not what was written, by its checksum")
+        raise CheckpointError(f"{folder / STATE} is corrupt: its checksum does not match")
     if body["format"] != FORMAT:
-        raise ValueError(f"{folder}: a checkpoint of format {body['format']}; this version of c2r reads {FORMAT}")
+        raise ValueError(f"{folder}: checkpoint format {body['format']}; this version of c2r reads format {FORMAT}")
     try:
         intact = _sha256(folder / TENSORS) == body["tensors_sha256"]
     except OSError as error:
-        raise CheckpointError(f"{folder / TENSORS} is damaged: {error}") from error
+        raise CheckpointError(f"{folder / TENSORS} is corrupt: {error}") from error
     if not intact:
-        raise CheckpointError(f"{folder / TENSORS} is damaged: it is not what was written, by its checksum")
+        raise CheckpointError(f"{folder / TENSORS} is corrupt: its checksum does not match")
     return Checkpoint(folder, body["state"])
 
 
 def bytes_of(state: Any) -> int:
-    """Bytes of a state's tensors."""
+    """Total size of a state's tensors in bytes."""
     if isinstance(state, Tensor):
         return state.nbytes
     values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
@@ -178,10 +180,11 @@ def bytes_of(state: Any) -> int:
 
 
 def _without_tensors(node: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """The tree with the names of its tensors in their place; the tensors are put into `tensors`."""
+    """The tree with each tensor replaced by its name; the tensors are added to `tensors`."""
     if isinstance(node, Tensor):
         found = node.detach().cpu().contiguous()
-        twice = any(found.data_ptr() == other.data_ptr() for other in tensors.values())  # which the format refuses
+        # safetensors refuses tensors that share memory
+        twice = any(found.data_ptr() == other.data_ptr() for other in tensors.values())
         tensors[name] = found.clone() if twice else found
         return {_MARK: name}
     if isinstance(node, dict):
@@ -214,13 +217,13 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """State of torch's own generators, on the CPU and on the device."""
+    """State of torch's global random generators, on the CPU and on the device."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Take up the state of `rng_state`; another device's is left alone."""
+    """Restore the state from `rng_state`; a GPU generator's state is restored only if both devices are GPUs."""
     torch.set_rng_state(state["cpu"].clone())
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].clone(), device)

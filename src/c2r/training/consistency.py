@@ -1,6 +1,6 @@
-"""C²R as training applies it: when, how strongly, and the ablations.
+"""The C²R term in training: when it applies, how strongly, and its ablations.
 
-D width of the activations · F latents.
+B tokens in a batch · D width of the activations · F latents.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from c2r.step import Step
 
 
 def margin_of(config: SAEConfig, d_in: int) -> float:
-    """The cosine from which C²R acts on an SAE of activations of width `d_in`.
+    """The cosine above which C²R penalises a pair of latents, for activations of width `d_in`.
 
     Raises:
-        ValueError: `margin: floor` is 1 at this shape, which no cosine exceeds.
+        ValueError: `margin: floor` is 1 or more for this shape, so no cosine could exceed it.
     """
     if config.c2r is None or config.c2r.margin != "floor":
         return 0.0 if config.c2r is None else float(config.c2r.margin)
@@ -31,8 +31,8 @@ def margin_of(config: SAEConfig, d_in: int) -> float:
     if floor >= 1:
         raise ValueError(
             f"saes.{config.name}.c2r.margin: got 'floor', which is √(2 ln F / D) = "
-            f"{math.sqrt(2 * math.log(config.width) / d_in):.2f} at F = {config.width} latents and D = {d_in}; no "
-            "cosine exceeds 1, so C²R would never act. Accepted here are numbers from 0, the paper's, to below 1"
+            f"{math.sqrt(2 * math.log(config.width) / d_in):.2f} at F = {config.width} latents and D = {d_in}. No "
+            "cosine exceeds 1, so C²R would have no effect; accepted here are numbers in [0, 1) (the paper uses 0)"
         )
     return floor
 
@@ -51,20 +51,20 @@ class Consistency:
         self.generator = torch.Generator().manual_seed(seed)
 
     def applies(self, step: int) -> bool:
-        """Whether this step has the term: every `every`-th from `start` on."""
+        """Whether the term applies in this step: every `every`-th step, beginning with `start`."""
         since = step - self.config.start
         return since >= 0 and since % self.config.every == 0
 
     def __call__(self, step: Step[SAEConfig], encoded: Encoded) -> Tensor:
-        """λ·C²R of the activations that the method shows it; 0 in the steps that leave it out."""
+        """λ·C²R of the activations that the method exposes to it; 0 in steps without the term."""
         if self.applies(step.number):
             return self.term(encoded.penalised, step.sae.W_dec, step.neighbors(), len(step.x_BD), step.number)
         if step.number >= self.config.start and self.config.neighbors == "lagged":
-            step.neighbors()  # the table ages with the decoder, whether a step has the term or not
+            step.neighbors()  # the decoder changes in every step, so keep the table fresh
         return step.sae.W_dec.new_zeros(())
 
     def lam(self, batch: int, width: int, step: int) -> float:
-        """λ of this step in the paper's units, multiplied by `every` to make up for the steps between."""
+        """λ of this step in the paper's units, multiplied by `every` to compensate for the skipped steps."""
         c = self.config
         lam = c.lam
         if lam is None:
@@ -72,7 +72,7 @@ class Consistency:
         return lam * c.every * ramp(step - c.start, c.warmup_steps)
 
     def term(self, acts: Acts, W_dec_FD: Tensor, near: Neighbors, batch: int, step: int) -> Tensor:
-        """λ·C²R of these activations."""
+        """λ·C²R of `acts`, given the nearest neighbours of the decoder's rows."""
         norms_F = norms(acts)
         lam = self.lam(batch, len(norms_F), step)
         if self.config.ablation == "unit_cosine":

@@ -1,4 +1,7 @@
-"""What goes wrong in training: found early where it can be, told with what to do, its tensors kept to look at."""
+"""Checks for what can go wrong in training, with advice; tensors with NaN or infinity are saved for inspection.
+
+B tokens in a batch · D width of the activations.
+"""
 
 from __future__ import annotations
 
@@ -26,36 +29,36 @@ _NO_ROOM = ("can't allocate memory", "not enough memory", "out of memory", "ALLO
 
 
 def check_loss(run: Run[Any], loss: Tensor, x_BD: Tensor, config: RunConfig) -> None:
-    """Stop at a loss that is not finite, and keep the batch.
+    """Stop if the loss is not finite, and save the batch.
 
     Raises:
-        ValueError: names the SAE, the step and the file.
+        ValueError: the loss is NaN or infinite; names the SAE, the step and the saved file.
     """
     if not torch.isfinite(loss):
         file = keep_faulty(config.output, run.step_number, {"x": x_BD})
         raise ValueError(
-            f"saes.{run.config.name}: the loss is {loss.item()} at step {run.step_number}; a lower train.lr (now "
-            f"{config.train.lr}) may help. The batch is in {file}"
+            f"saes.{run.config.name}: the loss is {loss.item()} at step {run.step_number}; a lower train.lr "
+            f"(currently {config.train.lr}) may help. The batch was saved: {file}"
         )
 
 
 def check_weights(run: Run[Any]) -> None:
-    """Refuse to keep a state that training cannot go on from.
+    """Refuse to save a state from which training could not resume.
 
     Raises:
-        ValueError: weights or moments hold NaN or infinity; names the SAE and the step.
+        ValueError: weights or Adam's moments contain NaN or infinity; names the SAE, the tensor and the step.
     """
     state = run.state_dict()
     for kind, tensors in (("weights", state["weights"]), *state["adam"].items()):
         for name, tensor in tensors.items():
             if not all(math.isfinite(bound) for bound in torch.stack(tensor.aminmax()).tolist()):
                 raise ValueError(
-                    f"saes.{run.config.name}: {kind}.{name} holds NaN or infinity after step {run.step_number}"
+                    f"saes.{run.config.name}: {kind}.{name} contains NaN or infinity after step {run.step_number}"
                 )
 
 
 def keep_faulty(output: Path, step: int, tensors: dict[str, Tensor]) -> str:
-    """Save what could not be trained on as `faulty/step_….safetensors`; where it is, or why it is not."""
+    """Save tensors that cannot be trained on as `faulty/step_….safetensors`; return the path, or why saving failed."""
     path = output / FAULTY / f"step_{step:08d}.safetensors"
     try:
         path.parent.mkdir(exist_ok=True)
@@ -66,22 +69,22 @@ def keep_faulty(output: Path, step: int, tensors: dict[str, Tensor]) -> str:
 
 
 def check_room(config: RunConfig, d_in: int, device: torch.device) -> None:
-    """Refuse SAEs for which there is no memory.
+    """Refuse SAEs that do not fit into memory.
 
     Raises:
-        ValueError: what they need, what there is, and what to lower.
+        ValueError: not enough memory; says what is needed, what is free, and what to lower.
     """
-    # fp32 encoder and decoder, each with its gradient and two moments; a step needs more than that.
+    # fp32 encoder and decoder, each with gradient and two moments. A lower bound: a step needs more.
     needed = sum(2 * sae.width * d_in * 4 * 4 for sae in config.saes)
     what = f"saes: weights, gradients and Adam's moments of {len(config.saes)} SAEs"
-    check_fits(what, needed, device, "lower saes.*.width, or train fewer in a run")
+    check_fits(what, needed, device, "lower saes.*.width, or train fewer SAEs per run")
 
 
 def check_disk(config: RunConfig, runs: list[Run[Any]]) -> None:
-    """Refuse a disk that cannot hold the checkpoints, the one being written too, and the SAEs.
+    """Refuse a disk without room for the checkpoints (kept ones plus the one being written) and the SAEs.
 
     Raises:
-        ValueError: what is needed, what is free, and what to do.
+        ValueError: not enough space; says what is needed, what is free, and what to do.
     """
     size, saes = (
         sum(bytes_of(run.state_dict()[key] if key else run.state_dict()) for run in runs) for key in ("", "weights")
@@ -91,30 +94,31 @@ def check_disk(config: RunConfig, runs: list[Run[Any]]) -> None:
     needed, free = (kept + 1) * size + saes - held, shutil.disk_usage(config.output).free
     if needed > free:
         raise ValueError(
-            f"output: {config.output} needs another {in_gigabytes(needed)}, {kept} + 1 checkpoints of "
-            f"{in_gigabytes(size)} and the SAEs, and the disk has {in_gigabytes(free)} free; free some, lower "
-            f"train.keep_checkpoints (now {kept}), or give another folder"
+            f"output: {config.output} needs another {in_gigabytes(needed)} ({kept} + 1 checkpoints of "
+            f"{in_gigabytes(size)} and the SAEs), but the disk has {in_gigabytes(free)} free; free some space, lower "
+            f"train.keep_checkpoints (currently {kept}), or choose another folder"
         )
 
 
 @contextlib.contextmanager
 def telling_of_memory(config: RunConfig) -> Iterator[None]:
-    """While entered, a device or machine that runs out of memory ends with what to lower.
+    """While entered, replace out-of-memory errors by one that says which settings to lower.
 
     Raises:
-        ValueError: in place of torch's and Python's own errors.
+        RoomError: instead of torch's and Python's own errors.
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and not the only one
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of several RuntimeErrors
         said = str(error) or type(error).__name__
         if not isinstance(error, MemoryError) and not any(words in said for words in _NO_ROOM):
             raise
-        lower = f"train.batch (now {config.train.batch}), saes.*.width, or the number of SAEs in a run"
+        lower = f"train.batch (currently {config.train.batch}), saes.*.width, or the number of SAEs in the run"
         if not isinstance(config.data, SyntheticConfig):
             lower = (
-                f"model.dtype (now {config.model.dtype}), stream.model_rows (now {config.stream.model_rows}), "
-                f"data.context (now {config.data.context}), stream.window_tokens (now {config.stream.window_tokens}), "
-                f"{lower}"
+                f"model.dtype (currently {config.model.dtype}), "
+                f"stream.model_rows (currently {config.stream.model_rows}), "
+                f"data.context (currently {config.data.context}), "
+                f"stream.window_tokens (currently {config.stream.window_tokens}), {lower}"
             )
         raise RoomError(f"out of memory: {said.splitlines()[0]}. Lower {lower}") from error

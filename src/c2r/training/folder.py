@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, what run stands in it, and what c2r may do with it."""
+"""A run's output folder: who owns it, which run it contains, and what c2r may overwrite or delete in it."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ from c2r.training.checkpoint import CHECKPOINTS, STATE, TENSORS
 KIND = "run"
 RUN_FILE, METRICS_FILE = "run.yaml", "metrics.jsonl"
 RUN_MARK = "# Written by c2r: the configuration of the run in this folder.\n"
-"""First line of a recorded configuration."""
+"""First line of the configuration file that c2r writes into the folder."""
 OPERATIONAL = (
     "output", "tracking", "cache.path", "train.device", "train.log_every", "train.checkpoint_every",
     "train.keep_checkpoints",
 )  # fmt: skip
-"""What may change between the parts of a run without changing the weights (on one kind of device)."""
+"""Keys that may differ when a run resumes: they do not affect the weights (on the same kind of device)."""
 _PLACE = re.compile(r"model\.(name|revision)|data\.(parts\.\d+\.)?(path|revision)")
-"""May change too: text and model are compared by their contents, wherever they lie."""
+"""Keys that may differ too: text and model are compared by content, not by location."""
 
 
 def held(output: Path, console: Console | None = None) -> contextlib.AbstractContextManager[None]:
-    """Make the folder, mark it as a run's, and hold it while entered, so that no two processes train in it.
+    """Create the folder, mark it as a run's, and lock it while entered, so that no two processes train in it.
 
     Raises:
-        ValueError: it cannot be made or written in, holds something that is not c2r's, or another process holds it.
+        ValueError: the folder cannot be created or written to, contains files that c2r did not write, or is locked by
+            another process.
     """
     _adopt(output)
     return storage.held(output, KIND, "output", "training in", None if console is None else console.print)
 
 
 def _adopt(output: Path) -> None:
-    """Mark the folder of a run that was made before there were marks: its run.yaml says that c2r wrote it."""
+    """Mark the folder of a run from an older c2r without marks, recognised by the first line of its run.yaml."""
     try:
         with (output / RUN_FILE).open(encoding="utf-8") as file:
             ours = file.readline() == RUN_MARK
@@ -54,7 +55,7 @@ def _adopt(output: Path) -> None:
 
 
 def patterns_of(saes: Iterable[str]) -> list[str]:
-    """What c2r writes into the folder of a run with SAEs of these names; what trackers write aside, see `_tracked`."""
+    """Patterns of the files that c2r writes for a run with these SAEs; for W&B's files see `_tracked`."""
     found = [RUN_FILE, METRICS_FILE, f"{CHECKPOINTS}/step_*/{TENSORS}", f"{CHECKPOINTS}/step_*/{STATE}"]
     found += ["faulty/step_*.safetensors", "wandb/id"]
     for name in saes:
@@ -64,7 +65,7 @@ def patterns_of(saes: Iterable[str]) -> list[str]:
 
 
 def _tracked(output: Path) -> list[str]:
-    """What W&B wrote for this run, whose id its folders' names end in."""
+    """Patterns of the files that W&B wrote for this run; its folder names end in the run's id."""
     try:
         run = (output / "wandb" / "id").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
@@ -73,19 +74,20 @@ def _tracked(output: Path) -> list[str]:
 
 
 def check_output(config: RunConfig, *, overwrite: bool) -> None:
-    """Refuse a folder with something else than this very run in it, or a run that may be overwritten.
+    """Refuse a folder that contains anything but this run, or, with `overwrite`, anything but an earlier run.
 
-    What a user put beside a run stays where it is, and is in nobody's way unless it has a name that the run needs.
+    Files that the user added to a run's folder are left alone. They are refused only if the run needs their names.
 
     Raises:
-        ValueError: says what is there; of another configuration, where it differs.
+        ValueError: the folder contains something else, or a run with another configuration; says what differs.
     """
     output, names = config.output, [sae.name for sae in config.saes]
     _adopt(output)
     foreign = storage.strangers(output, KIND) or storage.in_the_way(output, KIND, patterns_of(names))
     if foreign:
         raise ValueError(
-            f"output: {output} holds something else ({', '.join(foreign[:5])}); give a new or empty folder"
+            f"output: {output} contains files that c2r did not write ({', '.join(foreign[:5])}); choose a new or "
+            "empty folder"
         )
     storage.sweep(output)
     if overwrite:
@@ -94,40 +96,41 @@ def check_output(config: RunConfig, *, overwrite: bool) -> None:
         ours = {PurePosixPath(pattern).parts[0] for pattern in storage.recorded(output, KIND)}
         if any((output / name).exists() for name in ours):
             raise ValueError(
-                f"output: {output} holds remains of a run; give another folder, delete this one, or "
-                "`c2r train --overwrite`"
+                f"output: {output} contains the remains of a deleted run; choose another folder, delete this one, or "
+                "run `c2r train --overwrite`"
             )
         return
     check_same(yaml.safe_load((output / RUN_FILE).read_text(encoding="utf-8")), config)
 
 
 def check_same(recorded: Any, config: RunConfig) -> None:
-    """Refuse to go on with a run of another configuration.
+    """Refuse to resume a run with a different configuration.
 
     Raises:
-        ValueError: each difference on a line.
+        ValueError: the configurations differ; lists the differences, one per line.
     """
     lines = differences(recorded, config)
     if lines:
         raise ValueError(
-            f"output: {config.output} holds an earlier run; give another folder, or --overwrite to replace it. It "
-            f"cannot be gone on with, because its configuration differs:\n" + "\n".join(f"  {line}" for line in lines)
+            f"output: cannot resume the run in {config.output}: the configuration has changed. Choose another folder, "
+            "restore the configuration, or replace the run with `c2r train --overwrite`. Changed:\n"
+            + "\n".join(f"  {line}" for line in lines)
         )
 
 
 def differences(recorded: Any, config: RunConfig) -> list[str]:
-    """What a recorded configuration has otherwise than `config`, defaults filled in, `OPERATIONAL` keys aside."""
+    """Differences between a recorded configuration and `config`, with defaults filled in, except `OPERATIONAL` keys."""
     try:
         before = _flat(_full(parse_config(recorded, RUN_FILE)))
     except (ValueError, AttributeError) as error:
-        return [f"as recorded it cannot be read: {error}"]
+        return [f"the recorded configuration cannot be read: {error}"]
     now = _flat(_full(config))
-    told = [key for key in {**before, **now} if not _operational(key) and before.get(key) != now.get(key)]
-    return [f"{key}: {_shown(before, key)} there, {_shown(now, key)} here" for key in told]
+    changed = [key for key in {**before, **now} if not _operational(key) and before.get(key) != now.get(key)]
+    return [f"{key}: was {_shown(before, key)}, is now {_shown(now, key)}" for key in changed]
 
 
 def finished(config: RunConfig) -> bool:
-    """Whether the run in the folder came to its end: every SAE is there, trained on all tokens."""
+    """Whether the run in the folder is complete: every SAE has been saved after training on all tokens."""
     try:
         texts = [(config.output / sae.name / "cfg.json").read_text(encoding="utf-8") for sae in config.saes]
         states = [json.loads(text)["c2r"]["state"] for text in texts]
@@ -137,22 +140,22 @@ def finished(config: RunConfig) -> bool:
 
 
 def prepare_output(config: RunConfig, *, overwrite: bool, console: Console | None = None) -> None:
-    """Clear an earlier run if it is to be overwritten, and record the configuration as it was written.
+    """Delete an earlier run if `overwrite`, then record the configuration as the user wrote it.
 
-    Only what c2r wrote is removed, links without what they lead to.
+    Deletes only what c2r wrote. Symbolic links are deleted, not their targets.
 
     Raises:
-        ValueError: something cannot be removed or written.
+        ValueError: something cannot be deleted or written.
     """
     output = config.output
-    if overwrite:  # the record goes first: what a kill leaves is then no run to resume
+    if overwrite:  # delete run.yaml first: after a crash, the remains do not look like a run to resume
         try:
             (output / RUN_FILE).unlink(missing_ok=True)
             left = storage.remove_recorded(output, KIND, _tracked(output))
         except OSError as error:
-            raise ValueError(f"output: cannot remove {error.filename or output}: {error.strerror}") from error
+            raise ValueError(f"output: cannot delete {error.filename or output}: {error.strerror}") from error
         if left and console is not None:
-            console.print(f"{output}: left alone, not being part of this run: {', '.join(left)}", soft_wrap=True)
+            console.print(f"{output}: kept, since c2r did not write them: {', '.join(left)}", soft_wrap=True)
     storage.record(output, KIND, patterns_of(sae.name for sae in config.saes), "output")
     storage.sweep(output / CHECKPOINTS)
     text = yaml.safe_dump(as_written(config), sort_keys=False, allow_unicode=True)
@@ -160,7 +163,7 @@ def prepare_output(config: RunConfig, *, overwrite: bool, console: Console | Non
 
 
 def as_written(config: RunConfig) -> dict[str, Any]:
-    """The configuration without its defaults."""
+    """The configuration without default values."""
     return config.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
@@ -177,7 +180,7 @@ def _full(config: RunConfig) -> dict[str, Any]:
 
 
 def _flat(node: Any, key: str = "") -> dict[str, Any]:
-    """Leaves by dotted key."""
+    """Flatten nested dicts and lists: dotted key → leaf."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     below = {name: leaf for k, v in items for name, leaf in _flat(v, f"{key}.{k}" if key else str(k)).items()}
     return below or {key: node}
@@ -188,4 +191,4 @@ def _operational(key: str) -> bool:
 
 
 def _shown(flat: dict[str, Any], key: str) -> str:
-    return json.dumps(flat[key], ensure_ascii=False) if key in flat else "nothing"
+    return json.dumps(flat[key], ensure_ascii=False) if key in flat else "unset"

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a progress display, and metrics.jsonl, from which every curve can be redrawn."""
+"""Logging during training: a progress display, and metrics.jsonl with the data of every training curve."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ _SHORT = {"penalty_ratio": "C²R/rec", "ev": "EV", "l0": "L0"}
 
 
 class LogPosition(NamedTuple):
-    """Where a log stood at a checkpoint."""
+    """The state of the log at a checkpoint."""
 
     bytes: int = 0
-    """Of metrics.jsonl."""
+    """Size of metrics.jsonl in bytes."""
     seconds: float = 0.0
-    """Of training."""
+    """Training time so far."""
 
 
 class RunLog:
-    """Context of a training run; `step` is called once a step and writes every `every`-th.
+    """Context manager that logs a run. `step` must be called in every step; it writes every `every`-th.
 
     Arguments:
-        path: of metrics.jsonl.
-        tokens: of the whole run.
+        path: path of metrics.jsonl.
+        tokens: number of tokens of the whole run.
         every: steps between lines.
-        start: what an earlier part of the run has left; the rest of the file is cut off.
-        trackers: others that get the figures.
+        start: position at the checkpoint from which the run resumes; the file is truncated to it.
+        trackers: other places to log to.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class RunLog:
         trackers: Sequence[Tracker] = (),
     ) -> None:
         self.path, self.tokens, self.every, self.start, self.trackers = path, tokens, every, start, trackers
-        # A log file gets a line now and then in place of the display.
+        # If the console is not a terminal, `step` prints a line from time to time instead.
         self.progress = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=24),
@@ -75,14 +75,16 @@ class RunLog:
         except OSError as error:
             raise ValueError(f"output: {cannot_write(self.path, 0, error)}") from error
         if self.file.tell() < self.start.bytes:
-            self.progress.console.print(f"[yellow]{self.path} was cut short; its curves have a gap[/]")
+            self.progress.console.print(
+                f"[yellow]{self.path} is shorter than at the checkpoint; some steps are missing from it[/]"
+            )
         self.file.truncate(min(self.start.bytes, self.file.tell()))
         self.progress.start()
         self.began = time.monotonic() - self.start.seconds
         return self
 
     def position(self) -> LogPosition:
-        """Where the log stands, and what it has is on the disk."""
+        """Flush the log to disk and return its position."""
         assert self.file is not None
         os.fsync(self.file.fileno())
         return LogPosition(self.file.seek(0, os.SEEK_END), time.monotonic() - self.began)
@@ -94,11 +96,11 @@ class RunLog:
         for tracker in self.trackers:
             tracker.close()
         if self.file:
-            with contextlib.suppress(OSError):  # a full disk has been told of
+            with contextlib.suppress(OSError):  # a full disk has been reported already
                 self.file.close()
 
     def step(self, sae: str, step: int, tokens: int, measured: dict[str, Tensor]) -> None:
-        """Show and write what one SAE measured in a step; `tokens` counts the run so far."""
+        """Show and write the metrics of one SAE in one step; `tokens` is the number of tokens seen so far."""
         seconds, last = time.monotonic() - self.began, tokens >= self.tokens
         if sae not in self.tasks:
             self.tasks[sae] = self.progress.add_task(sae, total=self.tokens, completed=tokens, figures="")

@@ -1,4 +1,4 @@
-"""One SAE in training: its weights, objective, optimiser and counters, and the step.
+"""Training of one SAE: its weights, objective, optimiser and counters, and the optimisation step.
 
 B tokens in a batch · D width of the activations · F latents.
 """
@@ -39,16 +39,16 @@ Config = TypeVar("Config", bound=SAEConfig)
 
 
 class Run(Generic[Config]):
-    """Trains one SAE on batches that may serve others too.
+    """Trains one SAE. Several can train on the same batches.
 
     Arguments:
-        config: the SAE.
-        train: what the SAEs of a run share.
-        d_in: D.
-        seed: of the initialisation, where `config.seed` has none.
-        device: where weights live and batches arrive.
-        start: weights to begin with instead of random ones, on activations as they will be trained on. Where the method
-            holds decoder rows at unit norm, their norms are folded first: see `at_unit_norm`.
+        config: configuration of the SAE.
+        train: training settings shared by all SAEs of the run.
+        d_in: width D of the activations.
+        seed: seed of the initialisation if `config.seed` is unset.
+        device: device of the weights and the batches.
+        start: an SAE to start from instead of random weights, for activations at the scale used in training. If the
+            method keeps decoder rows at unit norm, they are normalised first (see `at_unit_norm`).
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Run(Generic[Config]):
         self.consistency = None if config.c2r is None else Consistency(config, d_in, seed=self.seed)
         self.step_number = 0
         self.machines: list[dict[str, Any]] = []
-        """What each part of the training ran on and in what precision, with its first step."""
+        """Machine and precision of each part of the training, with the first step of the part."""
         self._note_machine()
         self._neighbors: tuple[int, Neighbors] | None = None
 
@@ -100,7 +100,7 @@ class Run(Generic[Config]):
         )  # fmt: skip
 
     def step(self, x_BD: Tensor) -> dict[str, Tensor]:
-        """One update on `x_BD`, activations of mean square norm 1. Returns what was measured before it."""
+        """Make one optimisation step on `x_BD` (mean squared norm 1); return metrics of the forward pass before it."""
         if self.step_number == 0 and self.fresh and self.method.median_start:
             self.sae.b_dec.data.copy_(geometric_median(x_BD))
         for group in self.optimizer.param_groups:
@@ -144,17 +144,18 @@ class Run(Generic[Config]):
             }
 
     def seen(self, x_BD: Tensor) -> Step[Config]:
-        """What the method sees of the next step."""
+        """The next step, as passed to the method's functions."""
         return Step(
             self.step_number, self.train.steps, x_BD, self.encoder, self.config, self.activity.sparse_pays,
             self.neighbors, self.memory,
         )  # fmt: skip
 
     def neighbors(self) -> Neighbors:
-        """Nearest neighbours, searched at most once per step.
+        """Nearest neighbours of all decoder rows, searched at most once per step.
 
         Raises:
-            ValueError: a search of the whole decoder finds rows that are not finite; names the SAE, the step and a row.
+            ValueError: a search of the whole decoder found rows with NaN or infinity; names the SAE, the step and a
+                row.
         """
         if self._neighbors is None or self._neighbors[0] != self.step_number:
             try:
@@ -165,12 +166,12 @@ class Run(Generic[Config]):
 
     @torch.no_grad()
     def _hold_thresholds(self) -> None:
-        """Keep JumpReLU's thresholds at 0 or above: below, training would emit negative activations, inference none."""
+        """Clamp JumpReLU's thresholds at 0: below, activations would be negative in training, unlike in inference."""
         if self.sae.threshold is not None:
             self.sae.threshold.clamp_(min=0)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to continue bit for bit: a tree of JSON values and of the run's own tensors."""
+        """Everything needed to resume bit for bit: a tree of JSON values and tensors (not copied)."""
         adam = {name: dict(self.optimizer.state[weight]) for name, weight in self.sae.named_parameters()}
         return {
             "weights": {name: weight.detach() for name, weight in self.sae.named_parameters()},
@@ -187,7 +188,7 @@ class Run(Generic[Config]):
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state of `state_dict`, copied to where the run's own is."""
+        """Restore a state from `state_dict`, copying its tensors to this device."""
         for name, weight in self.sae.named_parameters():
             weight.copy_(state["weights"][name])
             for key, moment in self.optimizer.state[weight].items():
@@ -202,7 +203,7 @@ class Run(Generic[Config]):
         if self.memory is not None:
             _on(device, self.memory)
         self.activity.load_state_dict(state["activity"])
-        # What "auto" chose when the run began, which it might not on another machine.
+        # Keep what "auto" chose when the run began; on another machine it might choose differently.
         precision = restored(state, device)
         self.encoder.dtype, self.encoder.int8 = precision
         self.table.dtype = precision.product
@@ -212,11 +213,11 @@ class Run(Generic[Config]):
 
     @property
     def precision(self) -> Precision:
-        """What it trains in."""
+        """The precision in which the SAE trains."""
         return Precision(self.encoder.dtype, self.encoder.int8)
 
     def _note_machine(self) -> None:
-        """Record the machine and the precision from here on, unless they are those of the last part."""
+        """Record machine and precision from this step on, unless they equal the last record."""
         here = {**describe_machine(self.sae.W_dec.device), **self.precision.record}
         last = {name: value for name, value in (self.machines or [{}])[-1].items() if name != "from_step"}
         if here != last:
@@ -224,17 +225,18 @@ class Run(Generic[Config]):
 
     @torch.no_grad()
     def export(self, scale: float = 1.0) -> SAE:
-        """The SAE for activations as the model gives them, `scale` times those it was trained on (folded in).
+        """The SAE for the model's unscaled activations, which are `scale` times those in training.
 
-        An SAE saved before its threshold is tracked has that of the last batch.
+        The scale is folded into the weights. If the threshold's moving average has not begun, the last batch's
+        threshold is used.
 
         Raises:
-            ValueError: no step was made, or weights are not finite.
+            ValueError: no step has been made, or weights contain NaN or infinity.
         """
         sae, extra = self.sae, self.sae.extra
         broken = [name for name, weight in sae.named_parameters() if not torch.isfinite(weight).all()]
         if broken:
-            raise ValueError(f"saes.{self.config.name}: {', '.join(broken)} hold NaN or infinity; not saved")
+            raise ValueError(f"saes.{self.config.name}: {', '.join(broken)} contain NaN or infinity; not saved")
         if self.method.finish is not None:
             try:
                 extra = self.method.finish(self.config, self.memory)
@@ -244,7 +246,7 @@ class Run(Generic[Config]):
 
 
 def _on(device: torch.device, memory: Any) -> Any:
-    """A method's memory with its tensors on `device`."""
+    """Move the tensors of a method's memory to `device`, in place."""
     for f in fields(memory):
         if isinstance(value := getattr(memory, f.name), Tensor):
             setattr(memory, f.name, value.to(device))

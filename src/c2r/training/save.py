@@ -1,4 +1,4 @@
-"""A trained SAE becomes a folder."""
+"""Saving a trained SAE as a folder."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from c2r.training.source import Source
 def save_run(
     run: Run[Any], config: RunConfig, source: Source, console: Console, *, tokens: int, stopped: str | None = None
 ) -> Path:
-    """Write the SAE as it is, with where it comes from, and return its folder.
+    """Save the SAE and its provenance; return its folder.
 
     Arguments:
-        tokens: that it has seen.
-        stopped: what ended its training early.
+        tokens: number of tokens trained on.
+        stopped: why training ended early, or None.
 
     Raises:
-        ValueError: no step was made, weights are not finite, or the disk refuses.
+        ValueError: no step has been made, weights contain NaN or infinity, or the folder cannot be written.
     """
     folder, point = config.output / run.config.name, config.point(run.config)
     metadata = source.metadata_of(run.config) | {"training_architecture": run.config.method}
@@ -57,7 +57,7 @@ def save_run(
 
 
 def _both_units(run: Run[Any], config: RunConfig) -> dict[str, float]:
-    """C²R's strength in both units, whichever was given."""
+    """C²R's strength in both units, λ and ρ."""
     c2r, shape = run.config.c2r, {"batch": config.train.batch, "width": run.config.width}
     if c2r is None:
         return {}

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first lets the step under way end, the second stops at once."""
+"""Ctrl-C and SIGTERM: the first stops training after the current step, the second immediately."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-_NOTICE = b"\nc2r: stopping after this step; once more stops at once, without saving\n"
+_NOTICE = b"\nc2r: stopping after this step; interrupt again to stop immediately, without saving\n"
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended training; `status` is the exit status that says so."""
+    """A signal ended training; `status` is the corresponding exit status (128 + signal number)."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -22,15 +22,15 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM are noted and heeded where a run can stop; only in the main thread.
+    """While entered, defer SIGINT and SIGTERM to points where a run can stop cleanly; main thread only.
 
-    A signal that the process was started to ignore stays ignored.
+    A signal that the process already ignored stays ignored.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.at_once = False
-        """The signal came twice: nothing is to be saved."""
+        """Whether a second signal came: stop without saving."""
         self._waiting = False
         self._before: dict[int, Any] = {}
 
@@ -48,13 +48,13 @@ class StopSignals:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise Stopped if a signal has come."""
+        """Raise Stopped if a signal was received."""
         if self.number is not None:
             raise Stopped(self.number)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """While entered no SAE is amid a step, so that a signal stops the run here and now."""
+        """While entered, a signal stops the run immediately, since no SAE is in the middle of a step."""
         self._waiting = True
         try:
             self.check()
@@ -67,4 +67,4 @@ class StopSignals:
         self.number = number
         if self.at_once or self._waiting:
             raise Stopped(number)
-        os.write(2, _NOTICE)  # what `print` uses may be in use where the signal came
+        os.write(2, _NOTICE)  # `print` is not safe in a signal handler

@@ -1,4 +1,4 @@
-"""Where a run's activations come from: a language model that reads text, or known features."""
+"""The source of a run's activations: a language model, a cache, or synthetic known features."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ Stream = ActivationStream | SyntheticStream
 
 
 class Source(NamedTuple):
-    """A stream of activations and what an SAE's folder says of it."""
+    """A stream of activations and its description for the SAE folders."""
 
     config: RunConfig
     stream: Stream
     d_in: int
     metadata: dict[str, Any]
-    """What SAELens keeps of an SAE's origin, all but the hook point."""
+    """SAELens's metadata about an SAE's origin, except the hook point."""
     identity: dict[str, Any]
-    """What the activations are made of, by contents."""
+    """Fingerprint of everything that determines the activations, by content."""
     skipped: Skipped = Skipped()
     """Records of the text that were skipped."""
 
@@ -47,17 +47,17 @@ class Source(NamedTuple):
         return self.config.model.model_dump(mode="json") | self.config.point(sae)._asdict()
 
     def metadata_of(self, sae: SAEConfig) -> dict[str, Any]:
-        """What SAELens keeps of this SAE's origin."""
+        """SAELens's metadata about this SAE's origin."""
         synthetic = isinstance(self.config.data, SyntheticConfig)
         return self.metadata | {"hook_name": None if synthetic else self.config.point(sae).name}
 
 
 def check_data(config: RunConfig) -> None:
-    """Find what is wrong with the data before a model is loaded.
+    """Check the data before a model is loaded.
 
     Raises:
-        ValueError: missing files, a source without text, a preset whose parameters do not fit together, or a cache
-            that is missing, unfinished or made of something else.
+        ValueError: missing files, a source without text, a preset with inconsistent parameters, or a cache that is
+            missing, incomplete or made from other data.
     """
     if isinstance(config.data, SyntheticConfig):
         known_features(config.data)
@@ -68,15 +68,15 @@ def check_data(config: RunConfig) -> None:
 
 
 def cache_held(config: RunConfig) -> contextlib.AbstractContextManager[None]:
-    """While entered, no harvest writes to the cache that the run reads; other runs may read it too."""
+    """Lock the run's cache, if any, against writing while entered; other runs may still read it."""
     return contextlib.nullcontext() if config.cache is None else read_held(config.cache.path, "cache.path")
 
 
 def open_source(config: RunConfig, device: torch.device, console: Console) -> Source:
-    """The configured activations.
+    """Open the configured activations.
 
     Raises:
-        ValueError: a model, text, preset or cache that does not serve.
+        ValueError: the model, text, preset or cache cannot be used.
     """
     data = config.data
     if isinstance(data, SyntheticConfig):
@@ -89,17 +89,17 @@ def open_source(config: RunConfig, device: torch.device, console: Console) -> So
         skipped = reader.skipped
         skipped.say = lambda message: console.print(f"[yellow]{escape(message)}[/]", soft_wrap=True)
         if isinstance(lm.tokenizer, NoTokenizer):
-            console.print("[yellow]the model has no tokenizer: token ids are read as they are, without BOS or EOS[/]")
+            console.print("[yellow]the model has no tokenizer: token ids are used unchanged, without BOS or EOS[/]")
     else:
         manifest = read_manifest(config.cache.path)
-        assert manifest is not None  # which `check_data` has found
+        assert manifest is not None  # checked by `check_data`
         identity = {part: said for part, said in manifest["identity"].items() if part != "files"}
         reader, where = CacheReader(config.cache.path, config.points, seed=config.seed), f"{config.cache.path}: model"
         d_in, bos = manifest["d_in"], manifest["prepend_bos"]
         if manifest["kept"] < config.train.tokens:
             console.print(
                 f"[yellow]the cache has {manifest['kept']:,} tokens and train.tokens is {config.train.tokens:,}: "
-                "its shards are read again, each time in another order[/]"
+                "it will be read repeatedly, each time in a different order[/]"
             )
     points = ", ".join(point.name for point in config.points)
     console.print(f"{where} {config.model.name}, {points}, width {d_in}; on {device}")
@@ -120,7 +120,7 @@ def open_source(config: RunConfig, device: torch.device, console: Console) -> So
 def _known_features(config: RunConfig, data: SyntheticConfig, device: torch.device, console: Console) -> Source:
     features = known_features(data)
     console.print(
-        f"preset {data.preset}, {features.features} known features, {features.mean_l0:.2f} on at once, "
+        f"preset {data.preset}, {features.features} known features, {features.mean_l0:.2f} active on average, "
         f"width {features.d_in}"
     )
     metadata = {"model_name": None, "dataset_path": f"synthetic:{data.preset}"}

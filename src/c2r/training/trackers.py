@@ -1,4 +1,4 @@
-"""Weights & Biases and TensorBoard, beside metrics.jsonl and with the same figures; imported only when asked for."""
+"""Logging to Weights & Biases and TensorBoard in addition to metrics.jsonl; imported only if configured."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from c2r.config.run import RunConfig
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Where a run's figures go besides its folder."""
+    """An additional place to log a run's metrics to."""
 
     def log(self, sae: str, step: int, figures: dict[str, float]) -> None:
-        """Take one SAE's figures of a step."""
+        """Log the metrics of one SAE in one step."""
         ...
 
     def close(self) -> None:
-        """Write what is held back."""
+        """Flush and close."""
         ...
 
 
 def open_trackers(config: RunConfig, step: int) -> list[Tracker]:
-    """The configured trackers, to go on after `step` steps.
+    """Open the configured trackers for a run that has made `step` steps.
 
     Raises:
-        ValueError: one is asked for whose package is not installed; names the extra.
+        ValueError: a tracker's package is not installed; names the extra.
     """
     trackers: list[Tracker] = []
     if config.tracking.tensorboard:
@@ -38,10 +38,10 @@ def open_trackers(config: RunConfig, step: int) -> list[Tracker]:
 
 
 def check_trackers(config: RunConfig) -> None:
-    """Find out that a tracker's package is missing before any long work.
+    """Check before any long work that the packages of the configured trackers are installed.
 
     Raises:
-        ValueError: names the field and the extra.
+        ValueError: a package is missing; names the field and the extra.
     """
     if config.tracking.tensorboard:
         _needed("torch.utils.tensorboard", "tensorboard")
@@ -50,26 +50,26 @@ def check_trackers(config: RunConfig) -> None:
 
 
 class TensorBoard:
-    """Event files under `tensorboard/` in the run's folder, a run of TensorBoard's an SAE."""
+    """Event files under `tensorboard/` in the output folder, one TensorBoard run per SAE."""
 
     def __init__(self, output: Path, saes: list[str], step: int) -> None:
         writer = _needed("torch.utils.tensorboard", "tensorboard").SummaryWriter
-        # What was written after the checkpoint that the run goes on from will come again.
+        # Drop events from after the checkpoint: the resumed run writes them again.
         self.writers = {sae: writer(str(output / "tensorboard" / sae), purge_step=step + 1) for sae in saes}
 
     def log(self, sae: str, step: int, figures: dict[str, float]) -> None:
-        """Take one SAE's figures of a step."""
+        """Log the metrics of one SAE in one step."""
         for name, value in figures.items():
             self.writers[sae].add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is held back."""
+        """Flush and close."""
         for writer in self.writers.values():
             writer.close()
 
 
 class WeightsAndBiases:
-    """One W&B run for all SAEs, each figure under `<sae>/<figure>`; a resumed run goes on in it."""
+    """One W&B run for all SAEs, with metrics named `<sae>/<metric>`; a resumed run continues it."""
 
     def __init__(self, config: RunConfig) -> None:
         asked = config.tracking.wandb
@@ -85,11 +85,11 @@ class WeightsAndBiases:
         )  # fmt: skip
 
     def log(self, sae: str, step: int, figures: dict[str, float]) -> None:
-        """Take one SAE's figures of a step."""
+        """Log the metrics of one SAE in one step."""
         self.run.log({f"{sae}/{name}": value for name, value in figures.items()}, step=step)
 
     def close(self) -> None:
-        """Write what is held back."""
+        """Flush and close."""
         self.run.finish()
 
 
@@ -98,5 +98,5 @@ def _needed(module: str, extra: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"tracking.{extra}: the package is not installed ({error}); pip install 'c2r[{extra}]', or leave it out"
+            f"tracking.{extra}: the package is not installed ({error}); pip install 'c2r[{extra}]', or remove the key"
         ) from error

@@ -1,4 +1,7 @@
-"""A whole run: one stream of activations, any number of SAEs trained on it, their folders at the end."""
+"""A complete training run: one stream of activations, any number of SAEs trained on it, one folder per SAE.
+
+B tokens in a batch · D width of the activations.
+"""
 
 from __future__ import annotations
 
@@ -48,22 +51,21 @@ from c2r.training.warm_start import check_start, starting_weights
 def train(
     config: RunConfig, *, overwrite: bool = False, skip_damaged: bool = False, console: Console | None = None
 ) -> dict[str, Path]:
-    """Train the configured SAEs and return the folder of each; a run that stands in the output folder is gone on with.
+    """Train the configured SAEs and return the folder of each; an interrupted run in the output folder resumes.
 
-    Whatever ends training early is raised again after a checkpoint and the SAEs as they are have been saved, with the
-    reason in their `cfg.json`. So do the first SIGINT or SIGTERM, once the step under way is done; the second ends at
-    once (in the main thread; elsewhere signals are left alone).
+    If an error ends training early, a checkpoint and the SAEs in their current state are saved, with the reason in
+    their `cfg.json`, and the error is raised again. The first SIGINT or SIGTERM does the same after the current step;
+    the second stops immediately. Signals are handled only in the main thread.
 
     Arguments:
-        overwrite: start afresh instead of an earlier run; only what c2r wrote is removed.
-        skip_damaged: where the newest checkpoint is damaged, go on from the last that is whole.
+        overwrite: delete an earlier run and start over; only what c2r wrote is deleted.
+        skip_damaged: if the newest checkpoint is corrupt, resume from the most recent intact one.
 
     Raises:
-        ValueError: anything wrong with the configuration that shows before training, an output folder that holds
-            something else or a run of another configuration, text or model, or that cannot be written, a cache that is
-            being written, a damaged checkpoint, activations or losses that are
-            not finite, text that ends early, a full disk, or too little memory.
-        Stopped: a signal (a KeyboardInterrupt).
+        ValueError: a configuration error, an output folder that cannot be written or contains other files or a run
+            with another configuration, text or model, a cache that is being written, a corrupt checkpoint, NaN or
+            infinity in activations or losses, too little text, a full disk, or too little memory.
+        Stopped: a signal stopped the run (a KeyboardInterrupt).
     """
     console = console or Console(stderr=True)
     with cache_held(config), contextlib.ExitStack() as holding:
@@ -72,30 +74,30 @@ def train(
         holding.enter_context(held(config.output, console))
         check_output(config, overwrite=overwrite)
         if not overwrite and finished(config):
-            console.print(f"{config.output}: this run is finished; --overwrite starts it afresh")
+            console.print(f"{config.output}: this run is complete; `c2r train --overwrite` starts it over")
             return {sae.name: config.output / sae.name for sae in config.saes}
         checkpoint = None if overwrite else latest_checkpoint(config.output, skip_damaged=skip_damaged)
         if checkpoint is not None:
             check_same(checkpoint.tree["config"], config)
-            console.print(f"going on from {checkpoint.folder}", soft_wrap=True)
+            console.print(f"resuming from {checkpoint.folder}", soft_wrap=True)
         with telling_of_memory(config):
             return _train(config, checkpoint, overwrite, console)
 
 
 @dataclass
 class _Progress:
-    """How far a run has come."""
+    """How far a run has progressed."""
 
     stream: dict[str, Any]
-    """Where its stream stood after the last step."""
+    """State of the stream after the last step."""
     step: int = 0
     tokens: int = 0
     log: LogPosition = field(default_factory=LogPosition)
     whole: bool = True
-    """Every SAE is between steps, so that a checkpoint can be made."""
+    """Whether all SAEs have made the same number of steps, so that a checkpoint can be written."""
 
     def done(self, tokens: int, stream: dict[str, Any]) -> None:
-        """All SAEs have made a step."""
+        """Record that all SAEs have made a step on a batch of `tokens`."""
         self.step, self.tokens, self.stream, self.whole = self.step + 1, self.tokens + tokens, stream, True
 
 
@@ -155,7 +157,7 @@ def _begin(
     device: torch.device,
     console: Console,
 ) -> tuple[_Progress, list[Run[Any]]]:
-    """The SAEs and how far they are: new ones, or as the checkpoint has them."""
+    """The run's progress and its SAEs: new, or restored from the checkpoint."""
     stream = source.stream
     state = None if checkpoint is None else checkpoint.state()
     if state is not None:
@@ -177,11 +179,11 @@ def _begin(
 def _batches(
     source: Source, config: RunConfig, at: _Progress, signals: StopSignals
 ) -> Iterator[dict[HookPoint, Tensor]]:
-    """Batches until all tokens are seen.
+    """Batches of activations by hook point, until `train.tokens` tokens have been seen.
 
     Raises:
-        ValueError: the source ends early, or the model emits NaN or infinity, which is kept.
-        Stopped: a signal came since the last batch, or while waiting for the next.
+        ValueError: the source ends early, or activations contain NaN or infinity (they are saved to a file).
+        Stopped: a signal was received since the last batch or while waiting for the next.
     """
     batches = source.stream.batches(config.train.batch, config.train.tokens - at.tokens)
     while at.tokens < config.train.tokens:
@@ -190,10 +192,10 @@ def _batches(
                 x = next(batches, None)
         except BrokenActivations as error:
             file = keep_faulty(config.output, at.step + 1, error.tensors)
-            raise ValueError(f"{error} (at step {at.step + 1}; they are in {file})") from error
+            raise ValueError(f"{error} (at step {at.step + 1}; saved: {file})") from error
         if x is None:
             raise ValueError(
-                f"data: the source ended after {at.tokens:,} of {config.train.tokens:,} tokens; give more text, or "
+                f"data: the source ended after {at.tokens:,} of {config.train.tokens:,} tokens; add more text, or "
                 "lower train.tokens"
             )
         at.whole = False
@@ -201,21 +203,21 @@ def _batches(
 
 
 def _check_identity(checkpoint: Checkpoint, source: Source) -> None:
-    """Refuse to resume on other activations than the run was trained on so far.
+    """Refuse to resume if the activations differ from those the run was trained on so far.
 
     Raises:
-        ValueError: each difference on a line.
+        ValueError: they differ; lists the differences, one per line.
     """
     found = differences(checkpoint.tree["identity"], source.identity, "was", "is now")
     if found:
         raise ValueError(
-            f"cannot resume from {checkpoint.folder}: the activations have changed. Bring back what they were made of, "
-            "or start another run in another folder\n" + "\n".join(f"  {line}" for line in found)
+            f"cannot resume from {checkpoint.folder}: the activations have changed. Restore the original text and "
+            "model, or start a new run in another folder\n" + "\n".join(f"  {line}" for line in found)
         )
 
 
 def _state(config: RunConfig, at: _Progress, runs: list[Run[Any]], source: Source, log: RunLog) -> dict[str, Any]:
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
     for run in runs:
         check_weights(run)
     return {
@@ -234,17 +236,17 @@ def _keep(
     error: BaseException, config: RunConfig, at: _Progress, runs: list[Run[Any]], source: Source, log: RunLog,
     checkpoints: Checkpoints, console: Console,
 ) -> None:  # fmt: skip
-    """Save what can be of a run that ends early; what is not whole does not keep the rest from it."""
+    """Save as much as possible of a run that ends early; if one thing cannot be saved, the others still are."""
     reason = f"{type(error).__name__}: {error}".rstrip(": ")
-    console.print(f"[yellow]stopped after {at.tokens:,} of {config.train.tokens:,} tokens; saving[/]")
-    if isinstance(error, (MemoryError, RuntimeError)):  # a step that ran out of memory holds its tensors there
+    console.print(f"[yellow]stopped after {at.tokens:,} of {config.train.tokens:,} tokens; saving the SAEs[/]")
+    if isinstance(error, (MemoryError, RuntimeError)):  # the traceback keeps the failed step's tensors alive
         traceback.clear_frames(error.__traceback__)
     for run in runs:
         run.optimizer.zero_grad()
     if at.whole and at.step > 0 and not isinstance(error, CheckpointError):
         with _told(console):
             folder = checkpoints.save(at.step, _state(config, at, runs, source, log))
-            console.print(f"saved {folder}; c2r train with the same configuration goes on from there", soft_wrap=True)
+            console.print(f"saved {folder}; run the same command again to resume from it", soft_wrap=True)
     for run in runs:
         with _told(console):
             save_run(run, config, source, console, tokens=at.tokens, stopped=reason)
@@ -254,7 +256,7 @@ def _keep(
 def _told(console: Console) -> Iterator[None]:
     try:
         yield
-    except (ValueError, RuntimeError) as error:  # memory that runs out again is a RuntimeError
+    except (ValueError, RuntimeError) as error:  # out of memory is a RuntimeError
         console.print(f"[yellow]{escape(str(error))}[/]")
 
 
@@ -263,7 +265,7 @@ def _new_run(
 ) -> Run[Any]:
     if start is not None and start.d_in != d_in:
         raise ValueError(
-            f"saes.{sae.name}.init: {sae.init} reads activations of width {start.d_in}, the model's have {d_in}"
+            f"saes.{sae.name}.init: {sae.init} expects activations of width {start.d_in}, but the model has {d_in}"
         )
     if start is not None:
         start = starting_weights(start, sae, 1 / scale)

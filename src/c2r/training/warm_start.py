@@ -1,4 +1,7 @@
-"""Starting from an SAE that exists: any folder whose architecture the method can take up. F latents."""
+"""Warm start: training from an existing SAE whose architecture the method supports.
+
+F latents.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,18 @@ from c2r.methods import METHODS
 from c2r.sae.model import SAE, Extra, rescaled, row_norms
 
 _SPREAD = 1.01
-"""Largest ratio of decoder norms at which a choice by pre-activations counts as one at unit norm."""
+"""If the largest and smallest decoder norms differ by at most this factor, they count as equal."""
 
 
 def check_start(config: SAEConfig, run: RunConfig | None = None, console: Console | None = None) -> SAE | None:
-    """The SAE that `config.init` names, or None where it names none.
+    """Load the SAE that `config.init` names; None if it is unset.
 
     Arguments:
-        run: the run it is for; where the SAE comes from elsewhere in the model, that is said on the console.
-        console: where to say what is changed before training; None: nowhere.
+        run: the run; if given, warn if the SAE was trained on another model or hook point.
+        console: where to print warnings and changes made to the weights; None prints nothing.
 
     Raises:
-        ValueError: no SAE folder, another width, or an architecture that the method cannot start from.
+        ValueError: not an SAE folder, a different width, or an architecture that the method cannot start from.
     """
     if config.init is None:
         return None
@@ -34,20 +37,20 @@ def check_start(config: SAEConfig, run: RunConfig | None = None, console: Consol
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if sae.width != config.width:
-        raise ValueError(f"{where}: {config.init} has {sae.width} latents; width is {config.width}")
+        raise ValueError(f"{where}: {config.init} has {sae.width} latents, but width is {config.width}")
     gated = row.trained_as == "gated"
     if gated != (sae.architecture == "gated"):
         raise ValueError(
             f"{where}: {config.init} is {sae.architecture!r}, which method {config.method!r} cannot start from; "
-            "gated starts from gated alone, and the others from any other"
+            "'gated' starts only from a gated SAE, the other methods from any SAE that is not gated"
         )
     norm_F = row_norms(sae.W_dec)
     short, long = (f(norm_F[norm_F > 0]).item() if bool((norm_F > 0).any()) else 1.0 for f in (torch.min, torch.max))
     if sae.architecture == row.architecture and sae.k is not None and long > _SPREAD * short:
         raise ValueError(
-            f"{where}: {config.init} chooses its k latents by pre-activations, with decoder rows of norm {short:.3g} "
-            f"to {long:.3g}. Method {config.method!r} holds the rows at norm 1, where the choice would be another; "
-            "accepted are SAEs whose rows have one norm"
+            f"{where}: {config.init} selects its k latents by pre-activation, with decoder rows of norm {short:.3g} "
+            f"to {long:.3g}. Method {config.method!r} keeps the rows at norm 1, which would change the selection; "
+            "accepted are SAEs whose decoder rows all have the same norm"
         )
     if console is not None:
         for line in [*_changes(sae, config), *([] if run is None else _elsewhere(sae, config, run))]:
@@ -56,22 +59,24 @@ def check_start(config: SAEConfig, run: RunConfig | None = None, console: Consol
 
 
 def _changes(sae: SAE, config: SAEConfig) -> list[str]:
-    """What training changes in an SAE before its first step, in sentences."""
+    """Changes made to the SAE before the first step, one message each."""
     if not METHODS[config.method].unit_rows:
         return []
     norm_F = row_norms(sae.W_dec)
     empty = (norm_F < 1e-30).nonzero().flatten().tolist()
     found = []
     if bool(((norm_F - 1).abs()[norm_F >= 1e-30] > 0.01).any()):
-        found.append("decoder rows are brought to unit norm, the norms folded into the encoder; it computes the same")
+        found.append(
+            "decoder rows are scaled to unit norm and the encoder accordingly; the SAE's outputs do not change"
+        )
     if empty:
         some = ", ".join(map(str, empty[:5])) + (", …" if len(empty) > 5 else "")
-        found.append(f"{len(empty)} latents have a decoder row of zeros and get a random direction ({some})")
+        found.append(f"{len(empty)} latents have a zero decoder row and get a random direction ({some})")
     return found
 
 
 def _elsewhere(sae: SAE, config: SAEConfig, run: RunConfig) -> list[str]:
-    """Where the file says that the SAE read something else than this run trains on."""
+    """Differences between what the SAE was trained on, by its file, and this run."""
     ours = (sae.config.get("c2r") or {}).get("model") or {}
     metadata = sae.config.get("metadata") or {}
     kwargs = metadata.get("model_from_pretrained_kwargs") or {}
@@ -86,7 +91,7 @@ def _elsewhere(sae: SAE, config: SAEConfig, run: RunConfig) -> list[str]:
         "center_writing_weights": run.model.center_writing_weights,
     }
     return [
-        f"it was trained with {key} {had}, and is trained further with {now[key]}"
+        f"it was trained with {key} {had}; this run continues with {now[key]}"
         for key, had in said.items()
         if had is not None and had != now[key]
     ]
@@ -94,10 +99,10 @@ def _elsewhere(sae: SAE, config: SAEConfig, run: RunConfig) -> list[str]:
 
 @torch.no_grad()
 def starting_weights(sae: SAE, config: SAEConfig, scale: float) -> SAE:
-    """Weights for training on activations `scale` times those that `sae` reads, in the form that the method trains.
+    """The weights of `sae` in the form the method trains, for activations multiplied by `scale`.
 
-    A decoder bias that the one subtracts and the other does not is moved into the encoder's. A threshold or k is
-    dropped where the method learns its own.
+    If only one of the two subtracts the decoder bias from its input, the difference is moved into the encoder bias. A
+    threshold or k is dropped if the method learns its own.
     """
     row = METHODS[config.method]
     b_enc_F = sae.b_enc + sae.W_enc @ sae.b_dec * (int(row.subtract_b_dec) - int(sae.subtract_b_dec))
