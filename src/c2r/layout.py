@@ -3,7 +3,8 @@
 ```text
 runs/mine/
   run.yaml  metrics.jsonl         the configuration; a line of figures every few steps
-  checkpoints/  faulty/           to resume from; batches that produced NaN
+  checkpoints/step_*/state.json, tensors.safetensors      to resume from
+  faulty/                         batches that produced NaN
   tensorboard/  wandb/            if tracking is on
   <sae>/cfg.json  <sae>/sae_weights.safetensors
   evaluations/<sae>_core.json     a file per SAE and evaluation
@@ -18,6 +19,7 @@ RUN_FILE, METRICS_FILE = "run.yaml", "metrics.jsonl"
 CHECKPOINTS, FAULTY = "checkpoints", "faulty"
 TENSORBOARD, WANDB = "tensorboard", "wandb"
 SAE_CONFIG, SAE_WEIGHTS = "cfg.json", "sae_weights.safetensors"
+STATE, TENSORS = "state.json", "tensors.safetensors"
 EVALUATIONS, EARLIER = "evaluations", "earlier"
 SUMMARY_FILE, KNOWN_FEATURES, KNOWN_FEATURES_FILE, REPORT_FILE = (
     "summary.json", "known_features", "known_features.json", "report.html",

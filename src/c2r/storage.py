@@ -7,12 +7,12 @@ system's flock, which is released whenever the process ends.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
@@ -33,22 +33,62 @@ class Busy(ValueError):
 # Files
 
 
+@contextmanager
+def whole(path: Path, others: Callable[[str], bool] | None = None) -> Iterator[Path]:
+    """Write a file or folder completely or not at all: yields a temporary path that becomes `path` at the end.
+
+    Everything is flushed to disk before the rename. If the block fails, whatever stood at `path` stays as it was.
+
+    Arguments:
+        others: for folders that may hold other people's files: the names that are moved from the folder that is
+            replaced into the new one. None: nothing is moved.
+
+    Raises:
+        OSError: whatever the block, flushing or renaming raises.
+    """
+    partial = hidden(path, "partial")
+    try:
+        yield partial
+        for written in (*(partial.iterdir() if partial.is_dir() else ()), partial):
+            sync(written)
+        if partial.is_dir():
+            _take_the_place(partial, path, others)
+            sync(path.parent)
+        else:
+            partial.replace(path)
+    finally:
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+
+
+def _take_the_place(partial: Path, folder: Path, others: Callable[[str], bool] | None) -> None:
+    """Rename a finished folder to `folder`; an older one is deleted only afterwards."""
+    old = None
+    if os.path.lexists(folder):
+        old = hidden(folder, "old")
+        folder.rename(old)
+    try:
+        partial.rename(folder)
+    except BaseException:
+        if old is not None:
+            old.rename(folder)
+        raise
+    if old is not None:
+        for path in old.iterdir() if others is not None and old.is_dir() else ():
+            if others is not None and others(path.name):
+                path.rename(folder / path.name)
+        old.unlink() if old.is_symlink() or not old.is_dir() else shutil.rmtree(old)
+
+
 def write_text(path: Path, text: str, field: str) -> None:
     """Write a small file atomically.
 
     Raises:
         ValueError: the file cannot be written; names the field, the file, the bytes needed and the bytes free.
     """
-    partial, data = hidden(path, "partial"), text.encode()
+    data = text.encode()
     try:
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
         raise ValueError(f"{field}: {cannot_write(path, len(data), error)}") from error
 
@@ -207,7 +247,7 @@ def _names(pattern: tuple[str, ...], name: str) -> bool:
 # Locks
 
 
-@contextlib.contextmanager
+@contextmanager
 def held(folder: Path, kind: str, field: str, doing: str, say: Callable[[str], None] | None = None) -> Iterator[None]:
     """Create the folder, mark it, and lock it while entered, so that no two processes or threads write to it.
 
@@ -246,7 +286,7 @@ def held(folder: Path, kind: str, field: str, doing: str, say: Callable[[str], N
         os.close(handle)
 
 
-@contextlib.contextmanager
+@contextmanager
 def read_held(folder: Path, field: str) -> Iterator[None]:
     """Lock the folder against writing while entered; other processes may read. Unmarked folders are not locked.
 

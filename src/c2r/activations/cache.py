@@ -27,7 +27,7 @@ from c2r.activations.identify import local_differences
 from c2r.activations.reader import Part
 from c2r.config.hooks import HookPoint
 from c2r.config.run import RunConfig
-from c2r.storage import cannot_write, marked, strangers
+from c2r.storage import cannot_write, marked, strangers, whole
 
 FORMAT, MANIFEST, SHARDS, TOKENS = 2, "manifest.json", "shards.jsonl", "tokens"
 _CHUNK, _PART_TOKENS = 2**20, 8192
@@ -280,17 +280,14 @@ def write_shard(folder: Path, number: int, parts: Sequence[Part], end: Any) -> d
 
 def _write(folder: Path, number: int, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     path = folder / file_name(number, name)
-    partial = path.with_name(path.name + ".partial")
     size = sum(tensor.nbytes for tensor in tensors.values())
+    digest = xxhash.xxh3_128()
     try:
-        save_file(tensors, partial)
-        digest = xxhash.xxh3_128()
-        with partial.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with whole(path) as partial:
+            save_file(tensors, partial)
+            with partial.open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise ValueError(f"cache.path: {cannot_write(path, size, error)}") from error
     return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}

@@ -80,7 +80,7 @@ class Patience(Frozen):
 class JudgeConfig(Frozen):
     """The language model that `autointerp` asks, behind an OpenAI-compatible endpoint; its key is in C2R_JUDGE_KEY."""
 
-    model_config = ConfigDict(**Frozen.model_config, hide_input_in_errors=True)
+    model_config = Frozen.model_config | ConfigDict(hide_input_in_errors=True)
 
     url: str
     """Base address of the endpoint, such as https://api.openai.com/v1."""

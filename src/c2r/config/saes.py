@@ -16,12 +16,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from c2r.config.base import Frozen, NotNegative, Positive, Share, at_home
 from c2r.config.hooks import Hook
-
-RESERVED = (
-    "run.yaml", "metrics.jsonl", "summary.json", "report.html", "evaluations", "checkpoints",
-    "known_features", "known_features.json", "faulty", "tensorboard", "wandb",
-)  # fmt: skip
-"""Names of other files and folders in a run's folder, which no SAE can have."""
+from c2r.layout import RESERVED
 
 
 class ConsistencyConfig(Frozen):
@@ -227,8 +222,8 @@ class JumpReLUConfig(SAEConfig):
     """Initial value of all thresholds."""
     l0_gradient: Literal["paper", "published"] = "paper"
     """Which values the L0 penalty's gradient compares with the threshold. paper: pre-activations (arXiv 2407.14435, eq.
-    11 and 12). published: activations after the jump, as in the published trainers' code. `docs/explanation/methods.md` compares
-    them."""
+    11 and 12). published: activations after the jump, as in the published trainers' code. See
+    `docs/explanation/methods.md`."""
     sparsity_coefficient: NotNegative = 1.0
     """Weight of the L0 penalty (L0 / `target_l0` − 1)²."""
     sparsity_warmup_steps: Annotated[int, Field(ge=0)] | None = None

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from c2r.identity import source_digest
-from c2r.storage import hidden
+from c2r.storage import whole
 from c2r.version import __version__
 
 Tensors = dict[str, Tensor]
@@ -47,14 +47,10 @@ class Cache:
             with contextlib.suppress(SafetensorError, OSError):  # truncated or damaged: computed again
                 return load_file(path)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
-        partial = hidden(path, "partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
+            with whole(path) as partial:
                 save_file(tensors, partial, metadata={"key": text})
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
         except (SafetensorError, OSError) as error:
             if not self._said:
                 self._said = True

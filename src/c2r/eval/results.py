@@ -15,10 +15,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from c2r.layout import EARLIER
 from c2r.storage import write_text
 
-EARLIER = "earlier"
-"""Folder beside results for those that others have taken the place of."""
 Metrics = dict[str, dict[str, float]]
 
 

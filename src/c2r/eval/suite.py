@@ -34,6 +34,7 @@ from c2r.eval.stability import run_stability
 from c2r.identity import ACTIVATIONS, differences, of_tensors, versions
 from c2r.interop.saelens import load_sae
 from c2r.language_model.model import load_language_model
+from c2r.layout import EVALUATIONS
 from c2r.machine import pick_device
 from c2r.sae.model import SAE
 from c2r.storage import check_writable
@@ -97,7 +98,7 @@ def evaluate(
     names = _names([Path(folder).expanduser() for folder in folders])
     saes = {name: load_sae(folder).with_unit_rows().to(device) for name, folder in names.items()}
     where = {
-        name: folder.parent / "evaluations" if out is None else Path(out).expanduser() for name, folder in names.items()
+        name: folder.parent / EVALUATIONS if out is None else Path(out).expanduser() for name, folder in names.items()
     }
     for folder in dict.fromkeys(where.values()):
         check_writable(folder, "out")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+from c2r.layout import SAE_CONFIG, SAE_WEIGHTS
+
 _PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 _FAMILIES = (
     (("sae.safetensors",), "sparsify (EleutherAI)"),
@@ -40,24 +41,24 @@ def check_folder(folder: Path) -> None:
     """
     if folder.is_file():
         raise ValueError(
-            f"{folder}: not an SAE folder but a file; give the folder that contains {CONFIG} and {WEIGHTS}"
+            f"{folder}: not an SAE folder but a file; give the folder that contains {SAE_CONFIG} and {SAE_WEIGHTS}"
         )
     if not folder.is_dir():
         raise ValueError(f"{folder}: not an SAE folder; there is no such folder")
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    missing = [name for name in (SAE_CONFIG, SAE_WEIGHTS) if not (folder / name).is_file()]
     if not missing:
         return
     for marks, family in _FAMILIES:
         if all((folder / mark).is_file() for mark in marks):
             raise ValueError(
                 f"{folder}: recognised as a folder of {family}, which c2r cannot read yet; accepted are folders of c2r "
-                f"and SAELens, with {CONFIG} and {WEIGHTS}"
+                f"and SAELens, with {SAE_CONFIG} and {SAE_WEIGHTS}"
             )
     files = sorted(path.name for path in folder.iterdir())
     for name in files:
-        if WEIGHTS in missing and Path(name).suffix in _PICKLES:
+        if SAE_WEIGHTS in missing and Path(name).suffix in _PICKLES:
             raise ValueError(_said_of_pickle(folder / name))
-    inside = [name for name in files if (folder / name / CONFIG).is_file()]
+    inside = [name for name in files if (folder / name / SAE_CONFIG).is_file()]
     if inside:
         raise ValueError(
             f"{folder}: not an SAE folder; it contains {len(inside)} SAE folders, give one of them: {_listed(inside)}"

@@ -9,9 +9,6 @@ D width of the activations · F latents.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from c2r.interop.folders import CONFIG, WEIGHTS, check_folder, family_of_config, read_json, refuse_pickle
+from c2r.interop.folders import check_folder, family_of_config, read_json, refuse_pickle
 from c2r.interop.sae_config import Described, checked, described
+from c2r.layout import SAE_CONFIG, SAE_WEIGHTS
 from c2r.sae.model import SAE, Extra, count_not_finite, row_norms
+from c2r.storage import whole
 
 SAELENS_VERSION = "6.54.12"
 """The SAELens version of this format. SAELens discards metadata that does not contain a version."""
@@ -70,14 +69,10 @@ def save_sae(sae: SAE, folder: Path, *, metadata: dict[str, Any], c2r: dict[str,
         "metadata": {"sae_lens_version": SAELENS_VERSION, "hook_head_index": None, **metadata},
         "c2r": c2r,
     }
-    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
+    with whole(folder, others=lambda name: name not in (SAE_CONFIG, SAE_WEIGHTS)) as partial:
         partial.mkdir(parents=True)
-        save_file({k: v.detach().cpu().float().contiguous() for k, v in tensors.items()}, partial / WEIGHTS)
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        _replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        save_file({k: v.detach().cpu().float().contiguous() for k, v in tensors.items()}, partial / SAE_WEIGHTS)
+        (partial / SAE_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_sae(path: str | Path) -> SAE:
@@ -92,25 +87,25 @@ def load_sae(path: str | Path) -> SAE:
             NaN or infinity in the weights, or an unsupported setting; names the file, the key or tensor and the value.
     """
     folder = Path(path).expanduser()
-    if (folder / WEIGHTS).is_file():
-        refuse_pickle(folder / WEIGHTS)
+    if (folder / SAE_WEIGHTS).is_file():
+        refuse_pickle(folder / SAE_WEIGHTS)
     check_folder(folder)
-    raw = read_json(folder / CONFIG)
+    raw = read_json(folder / SAE_CONFIG)
     if family := family_of_config(raw):
-        raise ValueError(f"{folder}/{CONFIG}: recognised as written by {family}, which c2r cannot read yet")
+        raise ValueError(f"{folder}/{SAE_CONFIG}: recognised as written by {family}, which c2r cannot read yet")
     try:
         config = checked(raw)
         says = described(config)
     except ValueError as error:
-        raise ValueError(f"{folder}/{CONFIG}: {error}") from error
+        raise ValueError(f"{folder}/{SAE_CONFIG}: {error}") from error
     try:
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_file(folder / SAE_WEIGHTS)
     except SafetensorError as error:
-        raise ValueError(f"{folder}: corrupt SAE folder: {WEIGHTS}: {error}") from error
+        raise ValueError(f"{folder}: corrupt SAE folder: {SAE_WEIGHTS}: {error}") from error
     try:
         weights = _weights(tensors, says)
     except ValueError as error:
-        raise ValueError(f"{folder}/{WEIGHTS}: {error}") from error
+        raise ValueError(f"{folder}/{SAE_WEIGHTS}: {error}") from error
     config |= {"architecture": says.architecture} | ({"k": says.k} if says.k is not None else {})
     return _assembled(weights, says, config).requires_grad_(False)
 
@@ -207,28 +202,3 @@ def _assembled(weights: dict[str, Tensor], says: Described, config: dict[str, An
         subtract_b_dec=says.subtract_b_dec,
         config=config,
     )
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    """Rename a finished folder to `folder`, replacing an older one, which is deleted only afterwards.
-
-    Other files in the older folder, which may be any folder of the user's, are moved to the new one.
-    """
-    for file in partial.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    old = None
-    if folder.exists():
-        old = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.old"
-        folder.rename(old)
-    try:
-        partial.rename(folder)
-    except BaseException:
-        if old is not None:
-            old.rename(folder)
-        raise
-    if old is not None:
-        for path in old.iterdir() if old.is_dir() else ():
-            if path.name not in (CONFIG, WEIGHTS):
-                path.rename(folder / path.name)
-        old.unlink() if old.is_symlink() or not old.is_dir() else shutil.rmtree(old)

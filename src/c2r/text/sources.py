@@ -90,10 +90,12 @@ def _window_position(start: Any) -> tuple[Any, int, int, int]:
 class SpellingLists:
     """Endless spelling lists; see `spelling_lists` for their positions."""
 
-    identity = "spelling lists"
-
     def __init__(self, words: list[str]) -> None:
         self.words = words
+
+    def identity(self) -> str:
+        """Spelling lists depend on the tokenizer, whose identity is recorded on its own."""
+        return "spelling lists"
 
     def read(self, seed: int, start: Any = None) -> Read:
         """See `Reader`."""

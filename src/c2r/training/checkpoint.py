@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from c2r.config.run import TrainConfig
-from c2r.storage import cannot_write, discard, hidden, sync
+from c2r.layout import CHECKPOINTS, STATE, TENSORS
+from c2r.storage import cannot_write, discard, whole
 
-CHECKPOINTS, TENSORS, STATE = "checkpoints", "tensors.safetensors", "state.json"
 FORMAT = 4
 _STEP = re.compile(r"step_(\d{8,})")
 _SECONDS, _SHARE = 60.0, 0.05
@@ -128,22 +127,14 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     body = {"format": FORMAT, "state": _without_tensors(state, "state", tensors)}
-    partial = hidden(folder, "partial")
     try:
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / TENSORS)
-        body["tensors_sha256"] = _sha256(partial / TENSORS)
-        (partial / STATE).write_text(json.dumps({"sha256": _digest(body), **body}) + "\n", encoding="utf-8")
-        for path in (partial / TENSORS, partial / STATE, partial):
-            sync(path)
-        if folder.exists():
-            discard(folder)
-        partial.rename(folder)
-        sync(folder.parent)
+        with whole(folder) as partial:
+            partial.mkdir(parents=True)
+            save_file(tensors, partial / TENSORS)
+            body["tensors_sha256"] = _sha256(partial / TENSORS)
+            (partial / STATE).write_text(json.dumps({"sha256": _digest(body), **body}) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(cannot_write(folder, bytes_of(state), error)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from c2r.config.known_features import SyntheticConfig
 from c2r.config.run import RunConfig
+from c2r.layout import CHECKPOINTS, FAULTY
 from c2r.memory import RoomError, check_fits, in_gigabytes
-from c2r.storage import cannot_write
-from c2r.training.checkpoint import CHECKPOINTS, bytes_of
+from c2r.storage import cannot_write, whole
+from c2r.training.checkpoint import bytes_of
 from c2r.training.run import Run
 
-FAULTY = "faulty"
 _NO_ROOM = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
@@ -62,7 +62,8 @@ def keep_faulty(output: Path, step: int, tensors: dict[str, Tensor]) -> str:
     path = output / FAULTY / f"step_{step:08d}.safetensors"
     try:
         path.parent.mkdir(exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        with whole(path) as partial:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
     except (OSError, SafetensorError) as error:
         return cannot_write(path, bytes_of(tensors), error)
     return str(path)

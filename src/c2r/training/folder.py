@@ -15,11 +15,9 @@ from rich.console import Console
 from c2r import storage
 from c2r.config.load import parse_config
 from c2r.config.run import RunConfig
-from c2r.interop.saelens import CONFIG, WEIGHTS
-from c2r.training.checkpoint import CHECKPOINTS, STATE, TENSORS
+from c2r.layout import CHECKPOINTS, METRICS_FILE, RUN_FILE, SAE_CONFIG, SAE_WEIGHTS, STATE, TENSORS, WANDB
 
 KIND = "run"
-RUN_FILE, METRICS_FILE = "run.yaml", "metrics.jsonl"
 RUN_MARK = "# Written by c2r: the configuration of the run in this folder.\n"
 """First line of the configuration file that c2r writes into the folder."""
 OPERATIONAL = (
@@ -59,7 +57,7 @@ def patterns_of(saes: Iterable[str]) -> list[str]:
     found = [RUN_FILE, METRICS_FILE, f"{CHECKPOINTS}/step_*/{TENSORS}", f"{CHECKPOINTS}/step_*/{STATE}"]
     found += ["faulty/step_*.safetensors", "wandb/id"]
     for name in saes:
-        found += [f"{name}/{CONFIG}", f"{name}/{WEIGHTS}", f"tensorboard/{name}/events.out.tfevents.*"]
+        found += [f"{name}/{SAE_CONFIG}", f"{name}/{SAE_WEIGHTS}", f"tensorboard/{name}/events.out.tfevents.*"]
         found += [f"evaluations/{name}_*.json", f"evaluations/{name}_*.html", f"evaluations/earlier/{name}_*"]
     return found
 
@@ -67,7 +65,7 @@ def patterns_of(saes: Iterable[str]) -> list[str]:
 def _tracked(output: Path) -> list[str]:
     """Patterns of the files that W&B wrote for this run; its folder names end in the run's id."""
     try:
-        run = (output / "wandb" / "id").read_text(encoding="utf-8").strip()
+        run = (output / WANDB / "id").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return []
     return [f"wandb/*run-*-{run}/**", "wandb/latest-run", "wandb/debug*.log"] if run.isalnum() else []
@@ -132,7 +130,7 @@ def differences(recorded: Any, config: RunConfig) -> list[str]:
 def finished(config: RunConfig) -> bool:
     """Whether the run in the folder is complete: every SAE has been saved after training on all tokens."""
     try:
-        texts = [(config.output / sae.name / "cfg.json").read_text(encoding="utf-8") for sae in config.saes]
+        texts = [(config.output / sae.name / SAE_CONFIG).read_text(encoding="utf-8") for sae in config.saes]
         states = [json.loads(text)["c2r"]["state"] for text in texts]
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from c2r.config.run import RunConfig
+from c2r.layout import TENSORBOARD, WANDB
+from c2r.storage import write_text
 
 
 @runtime_checkable
@@ -55,7 +57,7 @@ class TensorBoard:
     def __init__(self, output: Path, saes: list[str], step: int) -> None:
         writer = _needed("torch.utils.tensorboard", "tensorboard").SummaryWriter
         # Drop events from after the checkpoint: the resumed run writes them again.
-        self.writers = {sae: writer(str(output / "tensorboard" / sae), purge_step=step + 1) for sae in saes}
+        self.writers = {sae: writer(str(output / TENSORBOARD / sae), purge_step=step + 1) for sae in saes}
 
     def log(self, sae: str, step: int, figures: dict[str, float]) -> None:
         """Log the metrics of one SAE in one step."""
@@ -74,10 +76,10 @@ class WeightsAndBiases:
     def __init__(self, config: RunConfig) -> None:
         asked = config.tracking.wandb
         assert asked is not None
-        name = config.output / "wandb" / "id"
+        name = config.output / WANDB / "id"
         name.parent.mkdir(exist_ok=True)
         if not name.is_file():
-            name.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+            write_text(name, uuid.uuid4().hex[:12], "output")
         self.run = _needed("wandb", "wandb").init(
             project=asked.project, entity=asked.entity, name=asked.name or config.output.name, mode=asked.mode,
             dir=str(config.output), id=name.read_text(encoding="utf-8"), resume="allow",

@@ -24,6 +24,7 @@ from c2r.config.hooks import HookPoint
 from c2r.config.run import RunConfig
 from c2r.config.saes import SAEConfig
 from c2r.identity import differences
+from c2r.layout import METRICS_FILE
 from c2r.machine import pick_device
 from c2r.memory import give_freed_memory_back, keep_freed_memory
 from c2r.sae.model import SAE
@@ -37,7 +38,7 @@ from c2r.training.checkpoint import (
 )
 from c2r.training.consistency import margin_of
 from c2r.training.faults import check_disk, check_loss, check_room, check_weights, keep_faulty, telling_of_memory
-from c2r.training.folder import METRICS_FILE, as_written, check_output, check_same, finished, held, prepare_output
+from c2r.training.folder import as_written, check_output, check_same, finished, held, prepare_output
 from c2r.training.log import LogPosition, RunLog
 from c2r.training.precision import check_selection, precision_lines
 from c2r.training.run import Run
