@@ -252,7 +252,7 @@ def freeze(
     save_file(
         {
             "W_enc": sae.W_enc.detach(), "b_enc": sae.b_enc.detach(), "W_dec": sae.W_dec.detach(),
-            "b_dec": sae.b_dec.detach(), "threshold": sae.threshold.detach(), "ids": ids,
+            "b_dec": sae.b_dec.detach(), "threshold": sae.threshold.detach(), "ids": ids,  # pyright: ignore[reportOptionalMemberAccess]
             "probe.weight": part.probe.weight_CD, "probe.bias": part.probe.bias_C, "l1": l1_CF.contiguous(),
         },
         folder / "saebench.safetensors",

@@ -108,7 +108,7 @@ def main() -> None:
     for number in chosen:
         parameters, sae, share = SETTINGS[args.preset][number]
         for c2r in variants:
-            began, measured = time.monotonic(), []
+            began, measured, k = time.monotonic(), [], {}
             for seed in range(args.seeds):
                 features = known_features(preset(args.preset, feature_seed=seed, **parameters))
                 k = {"k": max(1, round(share * features.mean_l0))} if sae["method"] == "batch_top_k" else {}

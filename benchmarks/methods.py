@@ -16,7 +16,7 @@ import torch
 
 from c2r.config.known_features import preset
 from c2r.config.run import TrainConfig
-from c2r.config.saes import METHODS
+from c2r.config.saes import SECTIONS
 from c2r.eval.core import Fidelity
 from c2r.eval.splitting.cofiring import Cofiring
 from c2r.known_features.generator import KnownFeatures
@@ -39,7 +39,7 @@ def train_and_measure(
 ) -> dict[str, float]:
     """One SAE, trained and evaluated."""
     settings = SETTINGS.get(method, {"k": round(tree.mean_l0)})
-    config = METHODS[method].model_validate(
+    config = SECTIONS[method].model_validate(
         {"name": method, "width": tree.features, "dead_after_tokens": 100 * batch, "c2r": c2r, **settings}
     )
     run = Run(config, TrainConfig(tokens=steps * batch, batch=batch, lr=3e-3, precision="float32"), tree.d_in)
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--strength", type=float, default=0.1)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=list(SECTIONS))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(2)

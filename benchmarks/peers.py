@@ -63,7 +63,7 @@ def of_sae_lens(kind: type, config: type, args: argparse.Namespace) -> Step:
 
 
 def ours(method: str, args: argparse.Namespace) -> Step:
-    config = SECTIONS[method](name="x", width=args.width, k=args.k, k_anneal=0, c2r=ConsistencyConfig(strength=0.9))
+    config = SECTIONS[method](name="x", width=args.width, k=args.k, k_anneal=0, c2r=ConsistencyConfig(strength=0.9))  # pyright: ignore[reportCallIssue]
     return Run(config, TrainConfig(tokens=10**9, batch=args.batch, lr=1e-3), args.d_in).step
 
 

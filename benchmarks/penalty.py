@@ -37,7 +37,7 @@ WIDTHS = (4096, 8192, 16384, 32768, 65536)
 def with_gradients(penalty: Callable[[Tensor, Tensor], Tensor], acts: Tensor, decoder: Tensor) -> Gradients:
     acts, decoder = acts.detach().requires_grad_(), decoder.detach().requires_grad_()
     value = penalty(acts, decoder)
-    return (value.detach(), *torch.autograd.grad(value, (acts, decoder)))
+    return (value.detach(), *torch.autograd.grad(value, (acts, decoder)))  # pyright: ignore[reportReturnType]
 
 
 def sparse_acts(batch: int, width: int, k: int) -> Tensor:
@@ -108,7 +108,7 @@ def in_training(args: argparse.Namespace) -> dict[int, float]:
         ) -> Gradients:
             values = acts.values_N.detach().requires_grad_()
             loss = term.term(Codes(values, acts.support), sae.W_dec, table.refresh(sae.W_dec), args.batch, 0)
-            return (loss, *torch.autograd.grad(loss, (values, sae.W_dec)))
+            return (loss, *torch.autograd.grad(loss, (values, sae.W_dec)))  # pyright: ignore[reportReturnType]
 
         seconds[width] = medians({"step": step}, 3 * args.rounds, 3)["step"]
     return seconds

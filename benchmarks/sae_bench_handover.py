@@ -73,11 +73,11 @@ def make_model(folder: Path) -> torch.Tensor:
     letters = torch.nn.functional.normalize(torch.randn(26, D), dim=1)
     with torch.no_grad():
         embedding = model.get_input_embeddings().weight
-        embedding.normal_(std=0.2)
+        embedding.normal_(std=0.2)  # pyright: ignore[reportCallIssue]
         for token, index in tokenizer.get_vocab().items():
             word = tokenizer.convert_tokens_to_string([token]).strip()
             if word.isascii() and word.isalpha():
-                embedding[index] += 3.0 * letters[LETTERS.index(word[0].upper())]
+                embedding[index] += 3.0 * letters[LETTERS.index(word[0].upper())]  # pyright: ignore[reportIndexIssue]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return letters

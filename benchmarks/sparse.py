@@ -39,7 +39,7 @@ def main() -> None:
             run = Run(config, TrainConfig(tokens=10**9, batch=args.batch), args.d_in)
             with torch.no_grad():  # biases so that about this share fires; a learning rate of 0 keeps them
                 product = run.encoder.scores(x[:256]).flatten().float()
-                run.sae.b_enc -= product[torch.randperm(len(product))[:100_000]].quantile(1 - share)
+                run.sae.b_enc -= product[torch.randperm(len(product))[:100_000]].quantile(1 - share)  # pyright: ignore[reportAttributeAccessIssue]
             run.train = run.train.model_copy(update={"lr": 0.0})
             times: dict[bool, list[float]] = {True: [], False: []}
             for number in range(args.rounds + 1):

@@ -247,6 +247,7 @@ def command(name: str, function: Callable[..., Any]) -> Iterator[str]:
 def arguments(text: str) -> dict[str, str]:
     """`name: description` lines of a docstring; a description may go on in deeper lines."""
     said: dict[str, str] = {}
+    name = ""
     for line in inspect.cleandoc("\n" + text).splitlines():
         if line and not line.startswith(" "):
             name, _, description = line.partition(": ")

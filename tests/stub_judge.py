@@ -55,7 +55,7 @@ class StubJudge:
             def do_POST(self) -> None:
                 stub._serve(self)
 
-            def log_message(self, *_: Any) -> None: ...
+            def log_message(self, *_: Any) -> None: ...  # pyright: ignore[reportIncompatibleMethodOverride]
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True

@@ -247,7 +247,7 @@ def test_the_standard_library_is_its_contents(tmp_path: Path, monkeypatch: pytes
 def test_local_data_sets_are_their_contents(
     saved: bool, streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")  # pyright: ignore[reportAttributeAccessIssue, reportUnusedExpression]
 
     def identity_of(word: str, folder: str) -> str:
         path = tmp_path / folder

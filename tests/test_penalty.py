@@ -17,7 +17,7 @@ def brute_force(acts: Tensor, decoder: Tensor, alpha: float, margin: float = 0.0
     total = 0.0
     for i, a in enumerate(rows):
         cosines = [
-            -math.inf if i == j else math.sumprod(a, b) / (math.hypot(*a) * math.hypot(*b)) for j, b in enumerate(rows)
+            -math.inf if i == j else sumprod(a, b) / (math.hypot(*a) * math.hypot(*b)) for j, b in enumerate(rows)
         ]
         j = max(range(len(rows)), key=cosines.__getitem__)
         weight = math.hypot(*columns[i]) + math.hypot(*columns[j])
@@ -25,8 +25,8 @@ def brute_force(acts: Tensor, decoder: Tensor, alpha: float, margin: float = 0.0
     return total / len(rows)
 
 
-if not hasattr(math, "sumprod"):  # Python < 3.12
-    math.sumprod = lambda a, b: sum(x * y for x, y in zip(a, b, strict=True))
+def sumprod(a: list[float], b: list[float]) -> float:
+    return math.fsum(x * y for x, y in zip(a, b, strict=True))
 
 
 def example(seed: int, batch: int = 7, width: int = 11, d_in: int = 5) -> tuple[Tensor, Tensor]:

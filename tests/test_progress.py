@@ -22,7 +22,7 @@ def file_console() -> Console:
 
 
 def lines_of(console: Console) -> list[str]:
-    return console.file.getvalue().splitlines()
+    return console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_lines_tell_what_is_done_the_rate_and_the_time_left(clock: list[float]) -> None:
@@ -83,5 +83,5 @@ def test_a_terminal_has_a_bar() -> None:
     with progress_bar(console) as bar:
         for _ in bar.track(range(4), description="words"):
             pass
-    assert "100%" in console.file.getvalue()
-    assert "words: " not in console.file.getvalue()
+    assert "100%" in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "words: " not in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]

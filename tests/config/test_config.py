@@ -45,7 +45,7 @@ def test_overrides(tmp_path: Path) -> None:
     assert config.train.lr == 3e-4
     assert config.saes[1].c2r is not None
     assert config.saes[1].c2r.strength == 0.3
-    assert config.saes[0].k == 16
+    assert config.saes[0].k == 16  # pyright: ignore[reportAttributeAccessIssue]
     assert load_config(write(tmp_path), ("train.tokens=2e6", "model.revision=12e4567")).train.tokens == 2_000_000
     assert load_config(write(tmp_path), ("model.revision=12e4567",)).model.revision == "12e4567"
     assert config.stream.max_norm_multiple is None

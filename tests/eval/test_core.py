@@ -352,7 +352,7 @@ def test_outliers_are_named_with_both_figures(bench: Bench) -> None:
     saes = {"all": PassThrough(bench.lm.d_in, 0.9), "usual": PassThrough(bench.lm.d_in, 0.9)}
     saes["usual"].config = {"c2r": {"state": {"max_norm": limit}}}
     outcomes = {outcome.sae: outcome for outcome in run_core(bench, saes)}
-    printed = bench.console.file.getvalue()
+    printed = bench.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     every = outcomes["usual"].metrics["with_outliers"]
     assert 0 < every["outlier_tokens"] < 0.1 * every["total_tokens"]
     share = every["outlier_tokens"] / every["total_tokens"]

@@ -27,11 +27,11 @@ def gradients(method: str, shape: tuple[int, int, int], seed: int, bias: float, 
     with torch.no_grad():
         for weight in run.sae.parameters():
             weight += 0.1 * torch.randn(weight.shape, generator=generator)
-        run.sae.b_enc += bias
+        run.sae.b_enc += bias  # pyright: ignore[reportAttributeAccessIssue]
         run.sae.W_enc[0] = 0  # a dead latent
     run.step_number = 50  # sparsity is warmed up
     run.activity.share = 0.0 if sparse else 1.0
-    run.optimizer.step = run.optimizer.zero_grad = lambda: None
+    run.optimizer.step = run.optimizer.zero_grad = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
     measured = run.step(torch.randn(batch, d_in, generator=generator) / d_in**0.5)
     return measured | {name: weight.grad for name, weight in run.sae.named_parameters()}
 
@@ -56,7 +56,7 @@ def test_a_run_takes_the_sparse_path_when_few_latents_fire(monkeypatch: pytest.M
     run.step(x)
     assert not run.activity.sparse_pays
     with torch.no_grad():
-        run.sae.b_enc -= 5
+        run.sae.b_enc -= 5  # pyright: ignore[reportAttributeAccessIssue]
     run.step(x)
     assert run.activity.sparse_pays
     monkeypatch.setattr(run.encoder, "dense", lambda x: pytest.fail("the dense path was taken"))

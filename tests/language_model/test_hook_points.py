@@ -325,7 +325,7 @@ def test_half_of_an_mlp_is_no_mlp() -> None:
 
 def test_a_model_that_needs_more_than_token_ids_is_refused() -> None:
     class Needy(Own):
-        def forward(self, input_ids: Tensor, pixels: Tensor) -> CausalLMOutput:
+        def forward(self, input_ids: Tensor, pixels: Tensor) -> CausalLMOutput:  # pyright: ignore[reportIncompatibleMethodOverride]
             return super().forward(input_ids + pixels)
 
     with pytest.raises(ValueError, match=r"model\.name: Needy does not run on token ids alone \(TypeError: .*pixels"):

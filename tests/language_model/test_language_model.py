@@ -43,7 +43,7 @@ def test_packing_keeps_every_token_once(special: dict[str, str], context: int, t
     ids, real = torch.cat([p.ids for p in parts]), torch.cat([p.real for p in parts])
     assert ids.shape[1] == context
     if tokenizer.bos_token_id is not None:
-        assert (ids[:, 0] == tokenizer.bos_token_id).all()
+        assert (ids[:, 0] == tokenizer.bos_token_id).all()  # pyright: ignore[reportAttributeAccessIssue]
         assert not real[:, 0].any()
     expected = [token for line in lines for token in tokenizer.encode(line)]
     assert ids[real].tolist() == expected

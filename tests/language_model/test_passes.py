@@ -125,7 +125,7 @@ def test_blocks_before_the_hook_run_once_and_the_head_on_pieces(hook: str, first
     passes = Passes(lm, IDS)
     ran, rows = Counter[int](), []
     for number, block in enumerate(lm.blocks):
-        block.mlp.register_forward_hook(lambda *_, number=number: ran.update([number]))
+        block.mlp.register_forward_hook(lambda *_, number=number: ran.update([number]))  # pyright: ignore[reportAttributeAccessIssue]
     lm.model.lm_head.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[:-1].numel()))
     logits_of(passes, change)
     assert ran == {number: 1 if number < first else 2 for number in range(3)}
@@ -166,8 +166,8 @@ def test_logits_of_all_positions_are_never_in_memory() -> None:
 
 def later_block_reads_an_earlier_one(lm: LanguageModel, left: dict[str, Any]) -> None:
     """The last block adds what the first block's MLP computed in this pass."""
-    lm.blocks[0].mlp.register_forward_hook(lambda _, __, output: left.__setitem__("x", output))
-    lm.blocks[2].mlp.register_forward_hook(lambda _, __, output: output + left["x"])
+    lm.blocks[0].mlp.register_forward_hook(lambda _, __, output: left.__setitem__("x", output))  # pyright: ignore[reportAttributeAccessIssue]
+    lm.blocks[2].mlp.register_forward_hook(lambda _, __, output: output + left["x"])  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("missing", ["raises", "differs"])

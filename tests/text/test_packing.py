@@ -159,7 +159,7 @@ def test_going_on_tokenises_nothing_twice(kind: str, folder: Path, monkeypatch: 
         read.clear()
         next(packed_rows(config, tokenizer, rows=2, start=whole[number].position))
         # Documents in these rows: one more than ends.
-        ends = int((whole[number].ids[:, 1:] == tokenizer.eos_token_id).sum())
+        ends = int((whole[number].ids[:, 1:] == tokenizer.eos_token_id).sum())  # pyright: ignore[reportAttributeAccessIssue]
         assert 0 < Counted.calls <= ends + 1
         assert read["document"] <= (16 if config.shuffle_documents else ends + 1 if kind != "saved" else 60) + 16
 
@@ -230,7 +230,7 @@ def test_special_and_dropped_tokens_and_the_users_mask(folder: Path) -> None:
     ids = torch.cat([part.ids.flatten() for part in chats])
     turn = tokenizer.convert_tokens_to_ids("<|turn|>")
     assert turn not in tokenizer.all_special_ids
-    assert (ids == turn).sum() == 120  # the model reads them
+    assert (ids == turn).sum() == 120  # the model reads them  # pyright: ignore[reportAttributeAccessIssue]
     assert {3 + WORDS.index(word) for word in dropped[:3]} <= set(ids.tolist())
     masked = list(packed_rows(config_of("jsonl of tokens", folder, mask_field="mask"), tokenizer))
     assert real_words(masked) == Counter(word for doc in documents() for n, word in enumerate(doc) if n % 3 > 0)

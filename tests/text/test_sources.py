@@ -168,7 +168,7 @@ def test_fields_of_another_type_are_named(source: str, field: str, value: Any, s
 def test_missing_fields_are_named(
     given: dict[str, Any], ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))  # pyright: ignore[reportAttributeAccessIssue]
     datasets.disable_progress_bars()
     write_planted(tmp_path / "data", ending, files=1)
     for form, says in (
@@ -221,7 +221,7 @@ def test_saved_data_sets_have_splits(tmp_path: Path) -> None:
 
 
 def test_a_data_set_of_files_is_shuffled_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))  # pyright: ignore[reportAttributeAccessIssue]
     datasets.disable_progress_bars()
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl").write_text("".join(f'{{"text": "{number}"}}\n' for number in range(500)))

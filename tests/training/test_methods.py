@@ -126,7 +126,7 @@ def test_penalty_sees_the_right_activations_and_the_decoder_the_right_way_round(
     run, x = trained(method, 5, c2r={"lambda": 2.0, "neighbors": "exact"}), fresh(300)
     with torch.no_grad():
         encoded = run.method.encode(run.seen(x))
-        term = run.consistency(run.seen(x), encoded)
+        term = run.consistency(run.seen(x), encoded)  # pyright: ignore[reportOptionalCall]
         pre = run.sae.pre_activations(x)
         seen = torch.relu(pre) if method == "gated" else to_dense(encoded.acts)
     expected = 2.0 * consistency_penalty(seen, run.sae.W_dec.detach())
@@ -214,7 +214,7 @@ def test_ablations(ablation: str) -> None:
     settings = {"lambda": 1.0, "neighbors": "exact", "ablation": ablation}
     run = trained("batch_top_k", 5, c2r=settings)
     encoded = run.method.encode(run.seen(x))
-    term = run.consistency(run.seen(x), encoded).item()
+    term = run.consistency(run.seen(x), encoded).item()  # pyright: ignore[reportOptionalCall]
     own = consistency_penalty(encoded.acts, run.sae.W_dec).item()
     n, j = norms(encoded.acts), run.neighbors()
     if ablation == "unit_cosine":

@@ -71,7 +71,7 @@ def test_a_dense_step_in_bfloat16_has_gradients_off_bfloat16s_grid(method: str) 
     run = Run(
         SECTIONS[method](name="x", width=96, **more), TrainConfig(tokens=51200, batch=128, precision="bfloat16"), 16
     )
-    run.optimizer.step = run.optimizer.zero_grad = lambda: None
+    run.optimizer.step = run.optimizer.zero_grad = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
     assert not run.activity.sparse_pays
     run.step(rows())
     grad = run.sae.W_enc.grad
@@ -255,7 +255,7 @@ def test_the_saved_threshold_is_the_average() -> None:
     assert average is not None
     saved = run.export(3.0).threshold
     assert saved is not None
-    assert abs(smallest - average) > 1e-3
+    assert abs(smallest - average) > 1e-3  # pyright: ignore[reportPossiblyUnboundVariable]
     torch.testing.assert_close(saved.data, torch.full((64,), 3 * average), rtol=1e-5, atol=0)
 
 
@@ -298,7 +298,7 @@ def test_int8_is_given_up_where_the_cut_fell_below_the_floor(monkeypatch: pytest
 
     def coarse_product(x_BD: Tensor, W_FD: Tensor) -> Coarse:
         product_FB = (W_FD @ x_BD.T).bfloat16()
-        slack_FG = torch.full((len(W_FD), len(x_BD) // above.GROUP), 0.12 * cut)
+        slack_FG = torch.full((len(W_FD), len(x_BD) // above.GROUP), 0.12 * cut)  # pyright: ignore[reportOperatorIssue]
         return Coarse(product_FB, torch.arange(len(x_BD)), torch.ones(len(W_FD)), slack_FG)
 
     monkeypatch.setattr(topk, "coarse_product", coarse_product)

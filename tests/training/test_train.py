@@ -14,9 +14,9 @@ from c2r import schedules
 from c2r.config.run import TrainConfig
 from c2r.config.saes import BatchTopKConfig, ConsistencyConfig
 from c2r.eval.suite import evaluate, model_of
-from c2r.interop import saelens
 from c2r.interop.saelens import save_sae
 from c2r.language_model.model import load_language_model
+from c2r.layout import SAE_WEIGHTS
 from c2r.losses import Encoded, Forward, aux_k
 from c2r.neighbors import nearest_neighbors
 from c2r.sae.model import SAE
@@ -56,7 +56,7 @@ def test_training_is_deterministic_and_pairs_share_their_start(
 ) -> None:
     again = [train(run_config(tmp_path / name, tiny_models["llama"], corpus)) for name in ("a", "b")]
     for name in ("baseline", "c2r"):
-        first, second = (load_file(folders[name] / saelens.WEIGHTS) for folders in again)
+        first, second = (load_file(folders[name] / SAE_WEIGHTS) for folders in again)
         for key, tensor in first.items():
             assert torch.equal(tensor, second[key])
     config = run_config(tmp_path / "c", tiny_models["llama"], corpus)

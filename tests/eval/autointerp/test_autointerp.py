@@ -139,7 +139,7 @@ def test_the_budget_comes_first(tmp_path: Path) -> None:
         first, second = run_autointerp(bench, {"a": word_sae(), "b": word_sae(-0.7)})
         assert first.error == second.error == "judge.max_requests: got 47, but 48 are needed; nothing was asked"
         assert stub.bodies == []
-        shown = bench.console.file.getvalue()
+        shown = bench.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
         assert "48 requests, about " in shown
         assert "0 answers are kept" in shown
         estimate = int(shown.split("about ")[1].split(" tokens")[0].replace(",", ""))

@@ -157,6 +157,6 @@ def test_marks_with_a_tokenizer_whose_decoder_drops_the_first_space() -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
     ids = tokenizer("the lazy dog")["input_ids"]
     pieces = [tokenizer.convert_ids_to_tokens(i) for i in ids]
-    fires = [piece.startswith("▁l") or (n > 0 and not piece.startswith("▁")) for n, piece in enumerate(pieces)]
+    fires = [piece.startswith("▁l") or (n > 0 and not piece.startswith("▁")) for n, piece in enumerate(pieces)]  # pyright: ignore[reportAttributeAccessIssue]
     assert marked(tokenizer, ids, fires).replace("⟦", "").replace("⟧", "") == " the lazy dog"
     assert "⟦" in marked(tokenizer, ids, fires)
