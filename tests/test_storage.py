@@ -22,6 +22,7 @@ from c2r.storage import (
     recorded,
     remove_recorded,
     strangers,
+    whole,
     write_text,
 )
 
@@ -54,6 +55,54 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ValueError, match=r"cannot write .*folder"):
         write_text(tmp_path / "folder", "x", "out")
     assert sorted(os.listdir(tmp_path)) == ["a.json", "folder"]
+
+
+def filled(folder: Path, **files: str) -> None:
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_a_folder_takes_the_place_of_an_older_one_and_keeps_what_is_not_ours(tmp_path: Path) -> None:
+    filled(tmp_path / "sae", weights="old", notes="the user's")
+    with whole(tmp_path / "sae", others=lambda name: name != "weights") as partial:
+        filled(partial, weights="new", config="new")
+        assert contents(tmp_path / "sae") == {"weights": "old", "notes": "the user's"}
+    assert contents(tmp_path / "sae") == {"weights": "new", "config": "new", "notes": "the user's"}
+    with whole(tmp_path / "sae") as partial:
+        filled(partial, weights="newer")
+    assert contents(tmp_path / "sae") == {"weights": "newer"}
+    assert os.listdir(tmp_path) == ["sae"]
+
+
+@pytest.mark.parametrize("where", ["block", "flush", "rename"])
+def test_a_folder_that_cannot_be_written_leaves_the_older_one(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path / "sae", weights="old")
+    rename = Path.rename
+
+    def refused(*_: object) -> None:
+        raise OSError("no")
+
+    def half(self: Path, target: Path) -> Path:
+        return refused() if self.name.endswith(".partial") else rename(self, target)  # type: ignore[return-value]
+
+    if where == "flush":
+        monkeypatch.setattr(storage.os, "fsync", refused)
+    elif where == "rename":
+        monkeypatch.setattr(Path, "rename", half)
+    with pytest.raises(OSError, match="no"), whole(tmp_path / "sae") as partial:  # noqa: PT012
+        filled(partial, weights="new")
+        if where == "block":
+            refused()
+    monkeypatch.undo()
+    assert contents(tmp_path / "sae") == {"weights": "old"}
+    assert os.listdir(tmp_path) == ["sae"]
 
 
 def test_what_cannot_be_written_is_found_without_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
