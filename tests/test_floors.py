@@ -27,12 +27,12 @@ FLOORS: list[set[str]] = [
 """From the ground up. Rooms of one floor do not import each other; `__init__` names lazily what users import."""
 ALONE: dict[str, set[str]] = {
     "kernels": {"machine"},
-    "config": set(),
+    "config": {"layout"},
     "penalty": {"kernels", "neighbors"},
     "neighbors": {"kernels"},
     "sae": {"kernels"},
     "report": {"intervals", "layout"},
-    "interop": {"sae", "storage"},
+    "interop": {"sae", "storage", "layout"},
 }
 """Rooms that may import even less: all that they may."""
 

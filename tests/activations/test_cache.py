@@ -323,7 +323,7 @@ def test_text_that_ends_makes_a_shorter_cache_and_training_says_so(
     assert "the text ended after" in capsys.readouterr().err
     train(config)
     said = capsys.readouterr().err
-    assert "its shards are read again, each time in another order" in " ".join(said.split())
+    assert "it will be read repeatedly, each time in a different order" in " ".join(said.split())
     assert c2r.load(config.output / "first").config["c2r"]["state"]["tokens"] == 2560
 
 

@@ -53,7 +53,7 @@ def test_a_result_records_what_it_is_of(tiny_run: dict[str, Path], tiny_models: 
     assert ":".join(found["model"].values()) == lm.identity
     assert found["tokenizer"] == identity.of_tokenizer(lm.tokenizer)
     reader = open_reader("data", DataConfig(source="files", path=str(corpus)), held_out=True)
-    assert found["text"] == {"data": reader.identity}
+    assert found["text"] == {"data": reader.identity()}
     assert found["code"] == identity.versions()
     trained = read(tiny_run["c2r"] / "cfg.json")["c2r"]["identity"]
     assert {part: trained[part] for part in ("model", "tokenizer")} == {p: found[p] for p in ("model", "tokenizer")}

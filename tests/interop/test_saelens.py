@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import c2r
+from c2r import storage
 from c2r.interop import saelens
 from c2r.interop.saelens import load_sae, save_sae
 from c2r.sae.model import SAE, Extra
@@ -67,9 +68,9 @@ def test_a_failing_save_leaves_no_folder_and_keeps_the_old_one(tmp_path: Path, m
             patch.setattr(Path, "rename", fail_at_the_last)
             with pytest.raises(KeyboardInterrupt):
                 save_sae(random_sae(2.0), tmp_path / name, metadata={}, c2r={"version": 2})
-    for point in ("save_file", "_replace"):
+    for module, point in ((saelens, "save_file"), (storage, "sync")):
         with monkeypatch.context() as patch:
-            patch.setattr(saelens, point, fail)
+            patch.setattr(module, point, fail)
             for name in ("sae", "new"):
                 with pytest.raises(KeyboardInterrupt):
                     save_sae(random_sae(2.0), tmp_path / name, metadata={}, c2r={"version": 2})

@@ -297,7 +297,7 @@ def run_of(output: Path, **changes: Any) -> RunConfig:
         ),
         ({"data": RAW["data"] | {"parents": -1}}, r"data\.parents: .*\(got -1\)"),
         ({"model": {"name": "embedded"}}, r"model: not used with source 'synthetic'"),
-        ({"stream": {"model_rows": 3}}, r"stream: given, but source 'synthetic'"),
+        ({"stream": {"model_rows": 3}}, r"stream: not used with source 'synthetic'"),
     ],
 )
 def test_a_yaml_is_refused_with_the_field(changes: dict[str, Any], says: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import c2r
 from builders import known_run, run_config, same_run
-from c2r import memory
+from c2r import memory, storage
 from c2r.activations import reader
 from c2r.cli import main
 from c2r.config.run import ModelConfig, RunConfig
@@ -85,9 +85,9 @@ def test_a_full_disk_is_told_with_path_and_bytes(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     config = every(known_run(tmp_path / "run"), 5)
-    for name, broken in (("save_file", full), ("sync", sync)):
+    for module, name, broken in ((checkpoint, "save_file", full), (storage, "sync", sync)):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, name, broken)
+            patch.setattr(module, name, broken)
             with pytest.raises(CheckpointError, match=r"cannot write .*step_00000005 \([\d,]+ bytes.*No space left"):
                 train(config, overwrite=True)
         assert list((tmp_path / "run" / "checkpoints").iterdir()) == []

@@ -41,7 +41,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     return parse_config(raw, str(path))
 
 
-def parse_config(raw: dict[str, Any], where: str) -> RunConfig:
+def parse_config(raw: Any, where: str) -> RunConfig:
     """Validate a configuration given as plain dicts and lists.
 
     Raises:
