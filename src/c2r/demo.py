@@ -1,4 +1,4 @@
-"""The main job: a baseline and its C²R twin on real activations, evaluated side by side; and on known features."""
+"""The demo: train and evaluate a baseline SAE and the same SAE with C²R, on a language model and on known features."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ _PAGES = ("summary.json", "known_features.json", "report.html")
 
 
 def run_demo(out: Path) -> None:
-    """Train, evaluate, print two tables; write `summary.json`, `known_features.json` and `report.html` under `out`."""
+    """Train, evaluate and print two tables; write `summary.json`, `known_features.json` and `report.html` to `out`."""
     began = time.monotonic()
     console = Console()
     config = _asset("demo.yaml", out)
     taken = in_the_way(out, KIND, _PAGES) if out.is_dir() else []
     if taken:
-        raise ValueError(f"out: {out} holds something else ({', '.join(taken)}); give a new or empty folder")
+        raise ValueError(
+            f"out: {out} contains files that are not from a demo ({', '.join(taken)}); expected a new or empty folder"
+        )
     folders = train(config, overwrite=_is_a_demo(out, config) and finished(config), console=console)
     record(out, KIND, _PAGES, "out")
     results = evaluate(
@@ -45,19 +47,21 @@ def run_demo(out: Path) -> None:
     )  # fmt: skip
     console.print("\nOn the language model's activations:")
     print_results(dict(results), console)
-    console.print("\nOn known features, where what is found can be counted:")
+    console.print("\nOn known features (synthetic activations), where the true features can be compared with:")
     print_results(known, console)
     minutes = (time.monotonic() - began) / 60
     console.print(f"\n{minutes:.1f} minutes. Everything is in {out}:")
-    console.print(f"  {out / 'report.html'}   the same with curves and distributions; opens offline")
-    console.print(f"  {out / 'summary.json'}, {out / 'known_features.json'}  the tables' figures")
-    console.print(f"  {out / 'evaluations'}/, {out / 'known_features' / 'evaluations'}/  all figures")
-    console.print("  " + "  ".join(map(str, folders.values())) + "   the SAEs; SAELens opens them as they are")
-    console.print(f"next: c2r.load('{folders['c2r']}') in Python, or a copy of {out / 'run.yaml'} and c2r train")
+    console.print(f"  {out / 'report.html'}   both tables, training curves and distributions; opens offline")
+    console.print(f"  {out / 'summary.json'}, {out / 'known_features.json'}  the figures of the tables")
+    console.print(f"  {out / 'evaluations'}/, {out / 'known_features' / 'evaluations'}/  all results")
+    console.print("  " + "  ".join(map(str, folders.values())) + "   the SAEs; SAELens can load them")
+    console.print(
+        f"next: c2r.load('{folders['c2r']}') in Python, or edit a copy of {out / 'run.yaml'} and run c2r train with it"
+    )
 
 
 def demo_of_known_features(out: Path, console: Console) -> dict[str, dict[str, float | None]]:
-    """The same two methods on the tree preset: train under `out` and return what the table shows."""
+    """Train and evaluate the same two methods on the preset `tree`; return the figures of the table by SAE."""
     config = _asset("known_features.yaml", out)
     folders = train(config, overwrite=_is_a_demo(out, config) and finished(config), console=console)
     return dict(evaluate(list(folders.values()), suites=("recovery",), console=console))
@@ -69,7 +73,7 @@ def _asset(name: str, out: Path) -> RunConfig:
 
 
 def _is_a_demo(out: Path, config: RunConfig) -> bool:
-    """Whether `out` holds this very demo, which is gone on with, or made anew; anything else is the user's."""
+    """Whether `out` contains a run with this configuration, which may be resumed or replaced; other files are kept."""
     try:
         return load_config(out / RUN_FILE).model_copy(update={"output": out}) == config
     except ValueError:

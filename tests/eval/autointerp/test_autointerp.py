@@ -323,7 +323,7 @@ def test_from_the_command_line(
         assert all(body["temperature"] == 0 for body in stub.bodies)
         assert all(headers["Authorization"] == f"Bearer {SECRET}" for headers in stub.headers)
     printed = capsys.readouterr()
-    assert "autointerp (share of windows judged right)" in printed.out
+    assert "autointerp (share of windows judged correctly)" in printed.out
     assert "16 requests, about" in " ".join(printed.err.split())
     assert SECRET not in printed.out + printed.err
     result = json.loads((tmp_path / "out" / "c2r_autointerp.json").read_text())
