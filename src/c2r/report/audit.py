@@ -47,7 +47,7 @@ def write_audit(path: Path, result: Path) -> None:
     missing = "".join(f"<li>{_page(line)}</li>" for line in extra["not_looked_at"])
     body = (
         f"<p>{_page(_what(found))}</p>{rows}{charts}"
-        f"<h2>Nearest neighbours to read</h2><p><small>j is the nearest neighbour of latent i. Shown: the pairs with the "
+        f"<h2>Nearest neighbours to read</h2><p><small>j is the nearest neighbour of latent i. Shown: pairs with the "
         f"highest cosine and the highest φ, and text around the tokens on which each latent is strongest.</small></p>"
         f"{''.join(_pair(pair) for pair in extra['pairs']) or '<p>none</p>'}"
         f"<h2>Not examined</h2><ul>{missing}</ul>"
@@ -115,7 +115,7 @@ def _terminal(text: str) -> str:
 
 
 def _sign(letter: str) -> str:
-    """The character, or a visible stand-in for a control or format character, which HTML forbids or which moves text."""
+    """The character, or a visible stand-in for a control or format character: those break HTML or reorder text."""
     code = ord(letter)
     if code < 32 or code == 127:
         return chr(0x2400 + (code if code < 32 else 33))  # Unicode's control pictures
