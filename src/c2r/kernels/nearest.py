@@ -81,7 +81,7 @@ class _Contest:
         self.entries: list[Entries] = []
 
     def offer(self, tile: Tensor, first_own: int, first_row: int, dim: int) -> None:
-        """Collect candidates along `dim` of a tile: with dim 1 for neighbours of its rows, with dim 0 of its columns."""
+        """Collect candidates along `dim` of a tile: dim 1 finds neighbours of its rows, dim 0 those of its columns."""
         lines = slice(first_own, first_own + tile.shape[1 - dim])
         self.peak_F[lines] = torch.maximum(self.peak_F[lines], tile.amax(dim).float())
         found = entries_above(tile, self.peak_F[lines] - self.slack, dim)
