@@ -1,4 +1,4 @@
-"""The command line. Heavy imports happen inside the commands, so that `c2r --help` is quick."""
+"""The command line. Commands import heavy modules themselves, so that `c2r --help` is fast."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
+from c2r.layout import EVALUATIONS
 from c2r.version import __version__
 
 
 def demo(out: Path = Path("runs/demo")) -> None:
-    """Train a baseline and its C²R twin on the embedded language model, and show what changed (minutes on a laptop).
+    """Train a baseline SAE and the same SAE with C²R, and compare them; takes minutes on a laptop, needs no download.
 
     Args:
-        out: Folder of the run; an earlier demo there is replaced.
+        out: Output folder. A finished demo there is replaced, an interrupted one is resumed.
     """
     from c2r.demo import run_demo
 
@@ -33,13 +34,13 @@ def train(
     overwrite: bool = False,
     skip_damaged: bool = False,
 ) -> None:
-    """Train the SAEs that a YAML file describes, or go on with the run of it that was stopped.
+    """Train the SAEs described by a YAML file. Interrupted runs resume: run the same command again.
 
     Args:
-        run: The run's YAML (see docs/guides/configuration.md).
-        set: Values that replace the file's, for example train.lr=3e-4 saes.0.k=16.
-        overwrite: Start afresh in place of an earlier run in the output folder.
-        skip_damaged: Where the newest checkpoint is damaged, go on from the last that is whole.
+        run: YAML file of the run (see docs/guides/configuration.md).
+        set: Values that override the file's, for example train.lr=3e-4 saes.0.k=16.
+        overwrite: Delete an earlier run in the output folder and start from scratch.
+        skip_damaged: If the newest checkpoint is corrupt, resume from the most recent intact one.
     """
     from c2r.config.load import load_config
     from c2r.training.trainer import train as train_run
@@ -56,14 +57,14 @@ def harvest(
     set: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(metavar="A.B=C")] = (),
     verify: bool = False,
 ) -> None:
-    """Write the activations that a run trains on to its cache, once; `c2r train` then reads them without the model.
+    """Write a run's training activations to disk; `c2r train` then reads them without running the language model.
 
-    Stopped in any way, it goes on where it was when it is run again.
+    Interrupted harvests resume: run the same command again.
 
     Args:
-        run: The run's YAML, with a section `cache` (see docs/guides/activations-on-disk.md).
-        set: Values that replace the file's, for example cache.path=/data/acts.
-        verify: Compare the checksums of all that is there first, and make anew what is damaged.
+        run: YAML file of the run, with a section `cache` (see docs/guides/activations-on-disk.md).
+        set: Values that override the file's, for example cache.path=/data/acts.
+        verify: First verify the checksums of everything already on disk, and regenerate what is corrupt.
     """
     from c2r.activations.harvest import fill_cache
     from c2r.config.load import load_config
@@ -75,7 +76,7 @@ def harvest(
 
 
 def _evaluations(config: Any, folders: dict[str, Path]) -> list[str]:
-    """The commands that evaluate a run's SAEs, ready for a shell: one for each hook point, whose SAEs are compared."""
+    """Shell commands that evaluate a run's SAEs: one per hook point, comparing the SAEs that read it."""
     from c2r.config.known_features import SyntheticConfig
 
     together: dict[Any, list[str]] = {}
@@ -87,7 +88,7 @@ def _evaluations(config: Any, folders: dict[str, Path]) -> list[str]:
 
 
 def _argument(path: Path) -> str:
-    """A path that the command line does not take for an option."""
+    """The path as an argument; one that begins with `-` gets a `./`, so that it is not parsed as an option."""
     return f"./{path}" if str(path).startswith("-") else str(path)
 
 
@@ -116,32 +117,35 @@ def evaluate(
     max_requests: int | None = None,
     key_in_clear: bool = False,
 ) -> None:
-    """Evaluate SAE folders written by c2r or SAELens: a JSON file per evaluation and SAE, and a table.
+    """Evaluate SAEs written by c2r or SAELens: writes one JSON file per evaluation and SAE, and prints a table.
 
     Args:
-        saes: SAE folders that read the same hook point.
-        model: Language model: embedded, a folder or a Hub id. Default: the one the SAE was trained on.
-        layer: Block that the SAE reads, counted from 0. Default: what its file says.
-        hook: resid_pre, resid_post, mlp_out or attn_out of that block. Default: what its file says.
-        suite: Evaluations, joined by commas.
-        out: Folder for the results. Default: evaluations/ beside each SAE.
-        source: Text: stdlib, files or hf. Default: that of the SAE's training, its held-out part if there is one.
-        path: For files: a file, folder or glob; for hf: the data set.
-        split: For hf: the split. Default: train.
-        text_field: Field of .jsonl files and data sets that holds the text. Default: text.
-        context: Tokens of a row. Default: as in the SAE's training.
-        tokens: Tokens to evaluate on.
-        probe_data: For probing: a .jsonl file of {"text", "label"} or a data set. Default: the standard library's.
-        set: Any setting of an evaluation, for example absorption.seeds=5 data.context=256 (see the reference).
-        seed: Order of the text.
+        saes: SAE folders. All must read the same hook point.
+        model: Language model: embedded, a folder or a Hugging Face Hub id. Default: the one the SAE was trained on.
+        layer: Index of the transformer block that the SAE reads, from 0. Default: from the SAE's cfg.json.
+        hook: Hook point in that block: resid_pre, resid_post, mlp_out or attn_out. Default: from the SAE's cfg.json.
+        suite: Comma-separated list of evaluations: core, absorption, splitting, probing, autointerp, audit, recovery,
+            stability, or saebench:NAME to run an evaluation of an installed sae-bench.
+        out: Folder for the results. Default: a folder evaluations/ next to each SAE folder.
+        source: Source of the text: stdlib, files or hf. Default: the SAE's training text, its held-out part if it has
+            one.
+        path: For files: a file, folder or glob pattern. For hf: the name of the data set.
+        split: For hf: the split of the data set. Default: train.
+        text_field: Field that contains the text in .jsonl files and data sets. Default: text.
+        context: Tokens per row. Default: as in training.
+        tokens: Number of tokens to evaluate on.
+        probe_data: For probing: a .jsonl file with the fields text and label, or a data set. Default: tasks made from
+            Python's standard library.
+        set: Any other evaluation setting, for example absorption.seeds=5 data.context=256 (see the reference).
+        seed: Random seed of the text's order and of the evaluations.
         device: auto, cpu, cuda, cuda:1…
-        trust_remote_code: Let code that the model brings run.
-        judge_url: For autointerp: base address of an OpenAI-compatible endpoint; its key in $C2R_JUDGE_KEY.
-        judge_model: For autointerp: the judge's name at the endpoint.
-        judge_latents: For autointerp: latents per SAE, two requests each. Default: 100.
-        judge_options: For autointerp: further fields of a request as a JSON object, such as '{"temperature": 0}'.
-        max_requests: For autointerp: refuse, before the first request, what would take more.
-        key_in_clear: For autointerp: let the key be sent to another machine over http.
+        trust_remote_code: Allow a model to execute Python code that it ships.
+        judge_url: For autointerp: base URL of an OpenAI-compatible endpoint. Put its API key in $C2R_JUDGE_KEY.
+        judge_model: For autointerp: name of the judge model at the endpoint.
+        judge_latents: For autointerp: latents to judge per SAE, with two requests each. Default: 100.
+        judge_options: For autointerp: extra request fields as a JSON object, such as '{"temperature": 0}'.
+        max_requests: For autointerp: refuse to start if more requests than this would be needed.
+        key_in_clear: For autointerp: allow sending the API key unencrypted (http) to another machine.
     """
     from c2r.eval.suite import evaluate as evaluate_saes
     from c2r.report.table import print_results
@@ -159,10 +163,10 @@ def evaluate(
     results = evaluate_saes(list(saes), out, **_with_changes(settings, set))
     if any(results.values()):
         print_results(dict(results))
-        print(f"results: {out or ', '.join(sorted({str(folder.parent / 'evaluations') for folder in saes}))}")
+        print(f"results: {out or ', '.join(sorted({str(folder.parent / EVALUATIONS) for folder in saes}))}")
     if results.failed:
         lines = "\n".join(f"  {line}" for line in results.failed)
-        raise ValueError(f"evaluations failed, the others are written:\n{lines}")
+        raise ValueError(f"some evaluations failed; the results of all others were written:\n{lines}")
 
 
 def _json_object(text: str | None) -> dict[str, Any]:
@@ -171,12 +175,12 @@ def _json_object(text: str | None) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f'judge.options: got {text!r}; accepted is a JSON object such as {{"temperature": 0}}')
+        raise ValueError(f'judge.options: got {text!r}; expected a JSON object such as {{"temperature": 0}}')
     return found
 
 
 def _with_changes(settings: dict[str, Any], changes: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
-    """Apply `--set a.b=c`."""
+    """The settings with `--set a.b=c` applied."""
     from c2r.config.load import set_values
 
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -199,28 +203,29 @@ def audit(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> None:
-    """Say in plain words what can be seen of one SAE, anybody's: a page of findings here and as HTML.
+    """Describe one SAE, written by c2r or SAELens, in plain words: findings in the terminal and as an HTML page.
 
     Args:
-        sae: SAE folder, c2r's or SAELens's.
-        model: Language model: embedded, a folder or a Hub id. Default: the one the SAE was trained on.
-        layer: Block that the SAE reads, counted from 0. Default: what its file says.
-        hook: resid_pre, resid_post, mlp_out or attn_out of that block. Default: what its file says.
-        out: Folder for the page and its figures. Default: evaluations/ beside the SAE.
-        source: Text: stdlib, files or hf. Default: that of the SAE's training, its held-out part if there is one.
-        path: For files: a file, folder or glob; for hf: the data set.
-        split: For hf: the split. Default: train.
-        text_field: Field of .jsonl files and data sets that holds the text. Default: text.
-        tokens: Tokens to look at.
-        seed: Order of the text.
+        sae: SAE folder.
+        model: Language model: embedded, a folder or a Hugging Face Hub id. Default: the one the SAE was trained on.
+        layer: Index of the transformer block that the SAE reads, from 0. Default: from the SAE's cfg.json.
+        hook: Hook point in that block: resid_pre, resid_post, mlp_out or attn_out. Default: from the SAE's cfg.json.
+        out: Folder for the page and its figures. Default: a folder evaluations/ next to the SAE folder.
+        source: Source of the text: stdlib, files or hf. Default: the SAE's training text, its held-out part if it has
+            one.
+        path: For files: a file, folder or glob pattern. For hf: the name of the data set.
+        split: For hf: the split of the data set. Default: train.
+        text_field: Field that contains the text in .jsonl files and data sets. Default: text.
+        tokens: Number of tokens to run the SAE on.
+        seed: Random seed of the text's order.
         device: auto, cpu, cuda, cuda:1…
-        trust_remote_code: Let code that the model brings run.
+        trust_remote_code: Allow a model to execute Python code that it ships.
     """
     from c2r.eval.suite import evaluate as evaluate_saes
     from c2r.report.audit import print_audit, write_audit
 
     sae = sae.expanduser()
-    folder = (out or sae.parent / "evaluations").expanduser()
+    folder = (out or sae.parent / EVALUATIONS).expanduser()
     results = evaluate_saes(
         [sae],
         folder,
@@ -247,7 +252,7 @@ def audit(
 
 
 def _text(changes: dict[str, Any]) -> dict[str, Any]:
-    """What the command line says of the text; a path alone means files."""
+    """Settings of the text that were given on the command line; a path without a source implies files."""
     data = {name: value for name, value in changes.items() if value is not None}
     return {"source": "files"} | data if "path" in data else data
 
@@ -261,18 +266,18 @@ _OPTIONS = {
         "text_field", "context",
     )},
 }  # fmt: skip
-"""What the settings of an evaluation are called on the command line."""
+"""Command-line options by the name of the evaluation setting that they set."""
 
 
 def _as_options(message: str, arguments: list[str]) -> str:
-    """A message of the library, which names settings, in the command line's words."""
+    """An error message of the library with the names of settings replaced by command-line options."""
     if arguments[:1] not in (["eval"], ["audit"]):
         return message
     return re.sub(r"^[a-z_.]+(?=: )", lambda name: _OPTIONS.get(name[0], name[0]), message, flags=re.MULTILINE)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake ends with one line and exit status 2."""
+    """Run the command line; a mistake of the user is reported in one line, with exit status 2."""
     arguments = sys.argv[1:] if args is None else args
     if arguments == ["--version"]:
         print(f"c2r {__version__}")
@@ -289,13 +294,13 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt as stopped:
         print(f"c2r: {str(stopped) or 'interrupted'}", file=sys.stderr)
-        raise SystemExit(getattr(stopped, "status", 130)) from None  # training heeds SIGTERM too
+        raise SystemExit(getattr(stopped, "status", 130)) from None  # `status` is set if SIGTERM stopped training
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo, "harvest": harvest, "train": train, "eval": evaluate, "audit": audit,
 }  # fmt: skip
-_ABOUT = "Train sparse autoencoders with cross-sample consistency regularisation (C²R), and measure what it changed."
+_ABOUT = "Train sparse autoencoders (SAEs) with cross-sample consistency regularisation (C²R), and measure its effect."
 
 if __name__ == "__main__":
     main()

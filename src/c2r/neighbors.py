@@ -1,9 +1,9 @@
-"""Nearest decoder rows by cosine: the search behind C²R's penalty and behind the splitting evaluations.
+"""Nearest decoder rows by cosine, for C²R's penalty and for the splitting evaluations.
 
-Nothing here records gradients or holds an F×F matrix. A latent is never its own neighbour, except where it has
-none (the only member of a chunk): then `index[i] == i` and `cosine[i] == 0`.
+Gradients are not recorded, and no F×F matrix is made. A latent is never its own neighbour, unless it has no other (it
+is the only member of a chunk): then `index[i] == i` and `cosine[i] == 0`.
 
-D width of the activations · F latents.
+D width of the activations · F latents · M shortlisted candidates per latent · R rows that are searched.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from c2r.kernels.rows import row_dots
 
 Mode = Literal["exact", "chunked"]
 _STATE = ("index_F", "shortlist_MF", "cursor", "turn", "churn", "regret")
-"""What changes in a `NeighborTable`, besides its generator."""
+"""Mutable state of a `NeighborTable`, besides its generator."""
 
 
 class Neighbors(NamedTuple):
     """The nearest neighbour of every latent."""
 
     index: Int[Tensor, " F"]  # pyright: ignore[reportIncompatibleMethodOverride]  (a tuple's method, not used)
-    """j*(i), int64; the lowest index among equals."""
+    """j*(i), int64; ties go to the lowest index."""
     cosine: Float[Tensor, " F"]
     """cos(d_i, d_j*), in [−1, 1]; 0 for a zero row."""
 
@@ -46,13 +46,13 @@ def nearest_neighbors(
 
     Arguments:
         decoder: `[F, D]`, rows of any norm.
-        mode: "exact" compares every pair. "chunked" cuts a random permutation into chunks and looks inside each
-            alone, as published (arXiv 2606.30609's code): at F = 65,536 it misses the true neighbour 7 times in 8.
-        chunk: rows a chunk, for "chunked".
-        generator: source of the permutation (CPU), for "chunked".
+        mode: "exact" compares all pairs. "chunked" splits a random permutation into chunks and compares only within a
+            chunk, as the published code does (arXiv 2606.30609): at F = 65,536 it misses 7 of 8 true neighbours.
+        chunk: rows per chunk, for "chunked".
+        generator: CPU generator of the permutation, for "chunked".
 
     Raises:
-        ValueError: not `[F, D]`, F < 2, a row that is not finite, an unknown mode, chunk < 2.
+        ValueError: the decoder is not `[F, D]`, F < 2, a row is not finite, the mode is unknown, or chunk < 2.
     """
     check_decoder(decoder)
     check_rows(decoder)
@@ -60,7 +60,7 @@ def nearest_neighbors(
         raise ValueError(f"mode: got {mode!r}; accepted are 'exact' and 'chunked'")
     if chunk < 2:
         raise ValueError(f"chunk: got {chunk}; accepted are whole numbers ≥ 2")
-    with torch.autocast(decoder.device.type, enabled=False):  # a caller's would decide near ties in half precision
+    with torch.autocast(decoder.device.type, enabled=False):  # near ties must not be decided in half precision
         return _nearest(unit_rows(decoder), mode, chunk, generator)
 
 
@@ -78,23 +78,23 @@ def _nearest(unit_FD: Tensor, mode: Mode, chunk: int, generator: torch.Generator
 
 
 class NeighborTable:
-    """Nearest neighbours kept up to date while a decoder is trained.
+    """Nearest neighbours that are kept up to date while a decoder is trained.
 
-    "lagged" (the default of training) is exact when made. Afterwards it renews `rows` of its rows a call, in turn, so
-    that its cost grows as F and not as F²; a renewed row also keeps a shortlist of its `shortlist` nearest, and every
-    call compares each latent's neighbour with the next of its shortlist. C²R turns neighbours away from each other, so
-    that the nearest changes often; without the shortlist a third of the penalty was left after 512 steps
-    (docs/results/log.md).
-    The cosine of a stale neighbour is recomputed from the current decoder, and is never more than the true
-    neighbour's. "exact" and "chunked" search anew at every call.
+    "lagged", the default in training, is exact at first. Afterwards each call searches the neighbours of only `rows`
+    rows, in turn, so that its cost is linear in F instead of quadratic. It also stores a shortlist of the `shortlist`
+    nearest rows of each searched row, and each call compares every latent's neighbour with the next entry of its
+    shortlist. This matters because C²R pushes neighbours apart, so that the nearest one changes often: without the
+    shortlist, a third of the penalty still remained after 512 steps (docs/results/log.md). The cosine of an outdated
+    neighbour is recomputed from the current decoder, and is at most that of the true neighbour. "exact" and "chunked"
+    search all neighbours again in each call.
 
     Arguments:
         mode: "lagged", "exact" or "chunked".
-        rows: how many rows "lagged" renews a call; all of them within F/rows calls.
-        shortlist: M, candidates that "lagged" keeps of each row.
-        chunk: rows a chunk of "chunked".
-        dtype: of the product with which "lagged" finds candidates; they are compared in fp32.
-        seed: of the permutations of "chunked".
+        rows: number of rows that "lagged" searches per call; all rows are searched within F/rows calls.
+        shortlist: M, number of candidates that "lagged" stores per row.
+        chunk: rows per chunk of "chunked".
+        dtype: dtype of the product with which "lagged" finds candidates; they are compared in fp32.
+        seed: seed of the permutations of "chunked".
     """
 
     def __init__(
@@ -114,11 +114,11 @@ class NeighborTable:
         self.shortlist_MF: Tensor | None = None
         self.cursor = self.turn = 0
         self.churn = self.regret = torch.zeros(())
-        """Of the rows "lagged" renewed last: the share whose neighbour changed, and the mean cosine gained by it."""
+        """For the rows that "lagged" searched last: share of changed neighbours, and mean increase of their cosine."""
 
     @torch.no_grad()
     def refresh(self, decoder_FD: Tensor) -> Neighbors:
-        """Neighbours for the decoder as it is now, with their cosines in it."""
+        """Update the table for the current decoder; return neighbours and their current cosines."""
         if self.mode != "lagged":
             return nearest_neighbors(decoder_FD, mode=self.mode, chunk=self.chunk, generator=self.generator)
         if self.index_F is None or self.shortlist_MF is None:
@@ -128,14 +128,14 @@ class NeighborTable:
             return found
         rows_FD = at_least_fp32(decoder_FD)
         inverse_F = inverse_norms(rows_FD)
-        # A new tensor each time: the last one may still be part of an autograd graph.
+        # A new tensor, because the previous one may still be part of an autograd graph.
         self.index_F = self.index_F.clone()
         with torch.autocast(decoder_FD.device.type, enabled=False):
             self._renew(rows_FD, inverse_F, self.index_F, self.shortlist_MF)
         return Neighbors(self.index_F, self._look_at_one_more(rows_FD, inverse_F, self.index_F, self.shortlist_MF))
 
     def _renew(self, rows_FD: Tensor, inverse_F: Tensor, index_F: Tensor, shortlist_MF: Tensor) -> None:
-        """Search the next rows' neighbours and shortlists anew."""
+        """Search neighbours and shortlists of the next rows."""
         rows = slice(self.cursor, min(self.cursor + self.rows, len(rows_FD)))
         found, near_RM = nearest_of_slice(rows_FD, inverse_F, rows.start, rows.stop, self.dtype, self.shortlist)
         stale_RD, rows_RD = unit_rows(rows_FD[index_F[rows]]), unit_rows(rows_FD[rows])
@@ -145,9 +145,9 @@ class NeighborTable:
         self.cursor = rows.stop % len(rows_FD)
 
     def _look_at_one_more(self, rows_FD: Tensor, inverse_F: Tensor, index_F: Tensor, shortlist_MF: Tensor) -> Tensor:
-        """Let every latent's neighbour and the next of its shortlist change places if that one is nearer.
+        """Swap every latent's neighbour with the next entry of its shortlist if that one is nearer.
 
-        Returns the winners' cosines.
+        Returns the cosines of the resulting neighbours.
         """
         other_F = shortlist_MF[self.turn]
         two_2F = torch.stack([index_F, other_F], 1).flatten()
@@ -162,11 +162,11 @@ class NeighborTable:
         return (torch.maximum(now_F, then_F) * inverse_F).clamp(-1.0, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on as if never stopped."""
+        """Everything that a resumed run needs to continue as if it had not been interrupted."""
         return {"generator": self.generator.get_state(), **{name: getattr(self, name) for name in _STATE}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state of `state_dict`."""
+        """Restore a state from `state_dict`."""
         self.generator.set_state(state["generator"])
         for name in _STATE:
             value = state[name]
@@ -174,14 +174,16 @@ class NeighborTable:
 
 
 def renewed_rows(width: int, steps: int) -> int:
-    """Rows that the lagged table renews a step: 32, or as many as renew each every 512 steps and 20 times in a run."""
+    """Rows that the lagged table searches per step: at least 32, and enough to search each row once per 512 steps and
+    20 times per run; at most 1024.
+    """
     return min(max(32, -(-width // 512), -(-20 * width // steps)), 1024, width)
 
 
 def random_floor(width: int, d_in: int) -> float:
-    """About the nearest-neighbour cosine of `width` random directions in `d_in` dimensions: √(2 ln F / D), 1 at most.
+    """Approximate nearest-neighbour cosine of `width` random directions in `d_in` dimensions: √(2 ln F / D), at most 1.
 
-    An approximation for large D. It reaches 1 at D = 2 ln F, where it says nothing any more.
+    The approximation holds for large D; at D ≤ 2 ln F it is 1 and meaningless.
     """
     return min(1.0, math.sqrt(2 * math.log(width) / d_in))
 
@@ -190,25 +192,25 @@ def check_decoder(decoder: Tensor) -> None:
     """Raise ValueError unless `decoder` is a floating-point `[F, D]` with F ≥ 2."""
     if decoder.ndim != 2 or not decoder.is_floating_point():
         raise ValueError(
-            f"decoder: expected floating-point [F, D], one row a latent, got {decoder.dtype} {list(decoder.shape)}"
+            f"decoder: got {decoder.dtype} {list(decoder.shape)}; expected floating-point [F, D], one row per latent"
         )
     if decoder.shape[0] < 2:
-        raise ValueError(f"decoder: expected [F, D] with F ≥ 2 latents, got {list(decoder.shape)}: no pair to compare")
+        raise ValueError(f"decoder: got {list(decoder.shape)}; expected [F, D] with at least F = 2 latents to compare")
 
 
 def check_rows(decoder: Tensor) -> None:
-    """Raise ValueError, naming the first, if rows hold NaN, infinity, or entries whose squares overflow."""
+    """Raise ValueError, naming the first such row, if rows contain NaN, infinity, or entries whose squares overflow."""
     broken_F = ~at_least_fp32(decoder.detach()).norm(dim=1).isfinite()
     if broken_F.any():
         rows = broken_F.nonzero().squeeze(1).tolist()
         raise ValueError(
-            f"decoder: row {rows[0]} has no finite norm (NaN, infinity or too large entries); {len(rows)} of "
-            f"{len(broken_F)} rows are so, and no neighbour can be found"
+            f"decoder: row {rows[0]} has no finite norm, because it contains NaN, infinity or too large entries "
+            f"({len(rows)} of {len(broken_F)} rows do)"
         )
 
 
 def inverse_norms(rows_FD: Tensor) -> Tensor:
-    """1/‖d_i‖ `[F]`; large, not infinite, for a zero row, whose products with it are 0."""
+    """1/‖d_i‖ `[F]`; for a zero row a large finite number, so that products with the row stay 0."""
     return rows_FD.norm(dim=1).clamp(min=1e-12).reciprocal()
 
 

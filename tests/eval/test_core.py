@@ -297,7 +297,7 @@ def test_an_sae_for_which_every_token_is_an_outlier_fails(tiny_models: dict[str,
     results = evaluate_core(lm, {"none": jump_relu(0, 1e-3), "all": jump_relu(1)}, rows, failed=failed)
     assert set(results) == {"all"}
     assert "tokens are outliers" in str(failed["none"])
-    with pytest.raises(ValueError, match=r"all \d+ tokens are outliers, their norms are above 0.001"):
+    with pytest.raises(ValueError, match=r"all \d+ tokens are outliers: their norms exceed 0.001"):
         evaluate_core(lm, {"none": jump_relu(0, 1e-3)}, rows)
 
 
@@ -357,7 +357,7 @@ def test_outliers_are_named_with_both_figures(bench: Bench) -> None:
     assert 0 < every["outlier_tokens"] < 0.1 * every["total_tokens"]
     share = every["outlier_tokens"] / every["total_tokens"]
     assert f"usual: {every['outlier_tokens']} of {every['total_tokens']} tokens ({share:.2%}) have a norm" in printed
-    assert f"over all tokens EV is {every['explained_variance']:.4f}" in printed
+    assert f"over all tokens, EV is {every['explained_variance']:.4f}" in printed
     assert "all: " not in printed
     assert outcomes["usual"].config == {"tokens": every["total_tokens"]}
     assert outcomes["usual"].unstructured["counting"] == {

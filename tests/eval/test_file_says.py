@@ -1,4 +1,4 @@
-"""What an SAE's file says of its model and text is heeded, or refused by name."""
+"""What an SAE's file says about its model and text is applied, or refused by name."""
 
 import json
 import re
@@ -42,8 +42,8 @@ def said(**metadata: Any) -> dict[str, Any]:
         ({"hook_layer": 3}, "hook_layer is 3"),
         ({"hook_name": "blocks.2.attn.hook_z"}, "hook_z', attention heads before .*accepted is blocks.N.hook_X"),
         ({"hook_name": "blocks.2.hook_resid_mid"}, "hook_resid_mid', the residual stream between"),
-        ({"hook_name": "model.layers.2"}, "'model.layers.2', a module.*layer 2 and hook resid_post"),
-        ({"hook_name": "transformer.h.2.mlp"}, "'transformer.h.2.mlp', a module"),
+        ({"hook_name": "model.layers.2"}, "'model.layers.2', which is a module.*layer 2 and hook resid_post"),
+        ({"hook_name": "transformer.h.2.mlp"}, "'transformer.h.2.mlp', which is a module"),
         ({"hook_name": None}, "hook_name: missing"),
         ({"model_name": None}, "model_name: missing"),
     ],

@@ -223,4 +223,4 @@ def test_recovery_of_an_sae_of_a_language_model_is_refused(tiny_run: dict[str, P
     assert "c2r, recovery: ValueError: recovery needs an SAE trained on known features" in failed
     save_sae(true_sae(), tmp_path / "foreign", metadata={}, c2r={})
     (failed,) = evaluate([tmp_path / "foreign"], suites=("recovery",)).failed
-    assert "what its cfg.json does not say" in failed
+    assert "data that its cfg.json does not name" in failed

@@ -86,7 +86,7 @@ def test_results_of_another_question_are_kept(
     assert "earlier" not in console.export_text()
     second = evaluated(data={"source": "files", "path": str(other)})
     assert kept() == [again]
-    assert f"is kept as {out / 'earlier' / 'c2r_core_20'}" in console.export_text()
+    assert f"other settings, text, model or weights to {out / 'earlier' / 'c2r_core_20'}" in console.export_text()
     assert summary_of_files(out, ["c2r"])[0]["ev"] == second["eval_result_unstructured"]["summary"]["ev"]
     assert second["eval_result_unstructured"]["summary"]["ev"] != again["eval_result_unstructured"]["summary"]["ev"]
     other.write_text("Altogether different words stand here. " * 60)  # other text under the same path
@@ -148,8 +148,8 @@ def test_a_result_that_cannot_be_written_is_kept_elsewhere(
     (tmp_path / "out" / "baseline_splitting.json").mkdir(parents=True)  # in the way of one of two results
     results = evaluate(list(tiny_run.values()), tmp_path / "out", suites=("splitting",), tokens=100, console=QUIET)
     (failed,) = results.failed
-    assert re.match(r"baseline, splitting: .*cannot write .*the result is in ", failed)
-    aside = Path(failed.rsplit("the result is in ", 1)[1])
+    assert re.match(r"baseline, splitting: .*cannot write .*the result was saved as ", failed)
+    aside = Path(failed.rsplit("the result was saved as ", 1)[1].removesuffix(" instead"))
     assert read(aside)["sae_lens_id"] == "baseline"
     assert aside.is_relative_to(tmp_path / "temporary")
     assert read(tmp_path / "out" / "c2r_splitting.json")["sae_lens_id"] == "c2r"

@@ -148,9 +148,7 @@ def test_activations_of_any_precision(architecture: Any, subtract: bool, dtype: 
 def test_whole_numbers_and_other_widths_are_no_activations(unchecked: None) -> None:
     sae = random_sae()
     for x in (torch.ones(3, 5, dtype=torch.int64), torch.ones(3, 4)):
-        with pytest.raises(
-            ValueError, match=r"activations: got torch.* accepted are floating-point numbers \[..., 5\]"
-        ):
+        with pytest.raises(ValueError, match=r"activations: got torch.* expected floating-point numbers \[..., 5\]"):
             sae.encode(x)
 
 

@@ -259,13 +259,13 @@ def test_features_that_cannot_be_are_refused() -> None:
     share = torch.full((3,), 0.5)
     with pytest.raises(ValueError, match="expected unit rows"):
         KnownFeatures(2 * directions, root, share)
-    with pytest.raises(ValueError, match=r"parent_G: got \[2\]; expected one value a feature, \[3\]"):
+    with pytest.raises(ValueError, match=r"parent_G: got \[2\]; expected one value per feature, \[3\]"):
         KnownFeatures(directions, root[:2], share)
-    with pytest.raises(ValueError, match="parent_G: expected of each feature an earlier one"):
+    with pytest.raises(ValueError, match="parent_G: expected the index of an earlier feature"):
         KnownFeatures(directions, torch.tensor([-1, 2, 0]), share)
-    with pytest.raises(ValueError, match=r"probability_G: .*siblings up to 1\.2000 together"):
+    with pytest.raises(ValueError, match=r"probability_G: .*a sum over siblings of 1\.2000"):
         KnownFeatures(directions, torch.tensor([-1, 0, 0]), torch.tensor([0.5, 0.6, 0.6]))
-    with pytest.raises(ValueError, match="alone_G: got a value above 0 for a feature that is no root's child"):
+    with pytest.raises(ValueError, match="alone_G: got a value > 0 for a feature that is not the child of a root"):
         KnownFeatures(directions, root, share, torch.tensor([0.1, 0, 0]))
 
 

@@ -38,9 +38,9 @@ def row_of(text: str, label: str) -> list[str]:
     ("first", "last", "said"),
     [
         # Seeds differ by more than the SAEs do, and every seed says the same: compared unpaired nothing would be shown.
-        ((0.20, 0.30, 0.40), (0.10, 0.21, 0.30), "is lower"),
-        ((0.10, 0.21, 0.30), (0.20, 0.30, 0.40), "is higher"),
-        ((0.20, 0.30, 0.40), (0.30, 0.25, 0.40), "is not shown to differ"),
+        ((0.20, 0.30, 0.40), (0.10, 0.21, 0.30), ", lower."),
+        ((0.10, 0.21, 0.30), (0.20, 0.30, 0.40), ", higher."),
+        ((0.20, 0.30, 0.40), (0.30, 0.25, 0.40), ", no significant difference."),
         ((0.20, 0.30, 0.40), (None, None, None), None),
         ((0.20,), (0.10,), None),
     ],
@@ -60,7 +60,7 @@ def test_the_difference_is_paired() -> None:
         row["absorption_fraction"] = 0.3
     (said,) = [note for note in notes(rows) if note.startswith("Absorption fraction")]
     # Differences −0.10, −0.09, −0.10: mean −0.0967, deviation 0.00577, Student's quantile of 2 degrees 4.303.
-    assert "b less a" in said
+    assert "b minus a" in said
     assert "3 evaluation seeds: -0.097 (95 % interval -0.111 to -0.082)" in said
 
 
@@ -124,7 +124,7 @@ def test_a_figure_outside_the_metrics_domain_says_so() -> None:
         name: {"absorption_fraction": 0.1, "absorption_in_domain": here} for name, here in (("a", 0.0), ("b", 1.0))
     }
     text = " ".join(printed(results).split())
-    assert "† in a: SAEBench does not recommend this metric" in text
+    assert "† for a: SAEBench does not recommend this metric" in text
     assert "neither for nor against a method" in text
     assert "does not recommend" not in printed({"b": results["b"]})
 
@@ -136,4 +136,4 @@ def test_the_same_from_result_files(tmp_path: Path) -> None:
             "eval_result_unstructured": {"summary": {"absorption_fraction": 0.1, "absorption_in_domain": 0.0}},
         }
         (tmp_path / f"{name}_absorption_first_letter.json").write_text(json.dumps(content))
-    assert any("† in a, b:" in note for note in notes(summary_of_files(tmp_path, ["a", "b"])))
+    assert any("† for a, b:" in note for note in notes(summary_of_files(tmp_path, ["a", "b"])))

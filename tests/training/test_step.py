@@ -88,7 +88,7 @@ def test_a_dense_step_in_bfloat16_has_gradients_off_bfloat16s_grid(method: str) 
 def test_a_row_that_is_not_finite_is_named(mode: Any, value: float) -> None:
     decoder = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     decoder[7, 2] = decoder[11, 0] = value
-    with pytest.raises(ValueError, match=r"decoder: row 7 has no finite norm .* 2 of 40 rows"):
+    with pytest.raises(ValueError, match=r"decoder: row 7 has no finite norm, .* \(2 of 40 rows"):
         nearest_neighbors(decoder, mode=mode)
     decoder[7, 2] = decoder[11, 0] = 0
     decoder[20] = 0

@@ -1,12 +1,13 @@
 """Core evaluation: fidelity, sparsity and health of SAEs on text, with sums in float64.
 
-Positions that are BOS, EOS or padding are left out throughout: they are not reconstructed, not ablated and not
-scored. Outliers, tokens whose norm is beyond what the SAE's training kept (`c2r.activations.counting`), are neither
-reconstructed nor ablated for that SAE, and not in its figures of reconstruction and sparsity; the same figures over
-all tokens are given beside them. SAEs are evaluated in their inference form (batch-top-k with its learned threshold).
+BOS, EOS and padding are ignored throughout: they are not reconstructed, not ablated and not scored. Outliers are tokens
+whose norm is above the limit used in the SAE's training (`c2r.activations.counting`). They keep their original
+activations in the spliced and ablated passes, and do not enter the SAE's figures of reconstruction and sparsity; the
+same figures over all tokens are reported in addition. SAEs are evaluated in their inference form (batch-top-k with its
+learned threshold).
 
-R rows · T positions in a context · D width of the activations · F latents · V vocabulary · n real tokens · p positions
-of a piece.
+R rows · T positions in a row · D width of the activations · F latents · V vocabulary · n real tokens of a batch ·
+c tokens that are not outliers · p positions in a piece of a batch.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ class CoreResult(NamedTuple):
     """The core evaluation of one SAE."""
 
     core: Metrics
-    """In SAEBench's categories, and `with_outliers`."""
+    """Figures in SAEBench's categories, and in the category `with_outliers`."""
     density: Histogram
-    """log10 of P(z > 0), dead latents left out."""
+    """log10 of P(z > 0) of latents that are not dead."""
 
 
 class Behaviour:
@@ -65,19 +66,19 @@ class Behaviour:
         self.ce = self.kl = 0.0
 
     def add(self, score: Tensor) -> None:
-        """Count what `Reference.score` found."""
+        """Add the sums returned by `Reference.score`."""
         ce, kl = score.tolist()
         self.ce += ce
         self.kl += kl
 
 
 class Reference:
-    """What the clean model predicts at p positions, with which other passes are compared.
+    """Predictions of the clean model at p positions, with which other passes are compared.
 
     Arguments:
-        logits_pV: of the clean model, fp32.
+        logits_pV: fp32 logits of the clean model.
         next_p: the token that follows each position.
-        followed_p: bool, whether that is a real token; cross-entropy counts there alone.
+        followed_p: bool, whether that token is a real one; cross-entropy is computed only there.
     """
 
     def __init__(self, logits_pV: Tensor, next_p: Tensor, followed_p: Tensor) -> None:
@@ -91,7 +92,7 @@ class Reference:
         return torch.stack([ce, torch.zeros_like(ce)])
 
     def score(self, logits_pV: Tensor) -> Tensor:
-        """The same of another pass, whose fp32 logits these are."""
+        """The same sums for another pass with these fp32 logits; KL is relative to the clean model."""
         log_pV = logits_pV.log_softmax(-1)
         ce = self._cross_entropy(log_pV)
         minus_kl_p = log_pV.sub_(self.log_pV).mul_(self.probabilities_pV).sum(-1)
@@ -106,12 +107,13 @@ class Ablation(NamedTuple):
     """A pass with the hook's output set to 0 at some of the real positions."""
 
     counts_n: Tensor
-    """Which of them."""
+    """Bool: which ones."""
     final: Tensor
+    """Final hidden state."""
 
 
 class Subject:
-    """One SAE under evaluation, and its sums."""
+    """Running sums of one SAE under evaluation."""
 
     def __init__(self, sae: SAE) -> None:
         self.sae, self.counting = sae, counting_of(sae.config)
@@ -119,7 +121,7 @@ class Subject:
         self.spliced, self.zero = Behaviour(), Behaviour()
 
     def splice(self, first: Pass, x_nD: Tensor, counts_n: Tensor) -> Tensor:
-        """Count the real tokens' activations, and return the final state of the pass with the SAE in place."""
+        """Count the activations of real tokens, and return the final hidden state with the SAE's output spliced in."""
         x_hat_cD = self.counted.reconstruct(self.sae, x_nD[counts_n])
         self.outliers.reconstruct(self.sae, x_nD[~counts_n])
         hidden_RTD = first.hidden_RTD.clone()
@@ -127,15 +129,15 @@ class Subject:
         return first.final(hidden_RTD)
 
     def result(self, clean: Behaviour, positions: int, followed: int) -> CoreResult:
-        """All figures.
+        """All figures of this SAE.
 
         Raises:
             ValueError: every token is an outlier.
         """
         if self.counted.tokens == 0:
             raise ValueError(
-                f"all {self.outliers.tokens:,} tokens are outliers, their norms are above {self.counting.max_norm:.4g} "
-                "(c2r.state.max_norm in cfg.json); was the SAE trained on another language model?"
+                f"all {self.outliers.tokens:,} tokens are outliers: their norms exceed {self.counting.max_norm:.4g}, "
+                "the limit in the SAE's cfg.json (c2r.state.max_norm). Was it trained on another language model?"
             )
         figures = self.counted.metrics() | _neighbor_cosines(self.sae)
         everything = self.counted.joined(self.outliers).metrics()
@@ -159,13 +161,13 @@ def evaluate_core(
     failed: dict[str, Exception] | None = None,
     say: Callable[[str], None] = lambda note: None,
 ) -> dict[str, CoreResult]:
-    """Evaluate SAEs on the same rows. All share the model's clean pass, which gives the activations and the state at
-    the hook, and those with the same outliers share the zero-ablated one. A result does not depend on the other SAEs.
+    """Evaluate SAEs on the same rows. All share the model's clean pass, which gives the activations at the hook point;
+    SAEs with the same outliers also share the zero-ablated pass. A result does not depend on the other SAEs.
 
     Arguments:
-        progress: called with how many more tokens are done; parts of a batch count as fractions.
-        failed: takes what an SAE raises, which is then left out; None: it ends the evaluation.
-        say: called with what the model does not allow to save, see `Passes`.
+        progress: called with the number of further tokens that are done; parts of a batch count as fractions.
+        failed: receives the errors of SAEs that fail, while the others complete; None: the first error is raised.
+        say: called with a note if a model does not support an optimisation, see `Passes`.
 
     Raises:
         ValueError: an SAE of another width than the model's activations, or rows without a real token.
@@ -179,7 +181,7 @@ def evaluate_core(
     def drop(name: str, error: Exception) -> None:
         if failed is None:
             raise error
-        failed[name] = error.with_traceback(None)  # which would keep its tensors
+        failed[name] = error.with_traceback(None)  # the traceback would keep tensors alive
         del subjects[name]
 
     for first in _passes(lm, rows, say):
@@ -225,7 +227,7 @@ def evaluate_core(
 
 
 def run_core(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
-    """The core evaluation on the bench's text, all SAEs in one pass."""
+    """Run the core evaluation on the bench's text, for all SAEs in one pass."""
     failed: dict[str, Exception] = {}
     with progress_bar(bench.console) as bar:
         task = bar.add_task("core evaluation", total=bench.config.tokens, unit="tokens")
@@ -272,20 +274,20 @@ def run_core(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
 
 
 def _of_outliers(result: CoreResult, counting: Counting) -> str:
-    """What the user has to know of outliers; empty if there are none."""
+    """A note on outliers for the user; empty if there are none."""
     every = result.core["with_outliers"]
     tokens, outliers = every["total_tokens"], every["outlier_tokens"]
     if not outliers:
         return ""
     return (
         f"{outliers:,} of {tokens:,} tokens ({outliers / tokens:.2%}) have a norm above {counting.max_norm:.4g} and "
-        "are left out, as in training; over all tokens EV is "
+        "are left out, as in training; over all tokens, EV is "
         f"{every['explained_variance']:.4f} (with_outliers in the result file)"
     )
 
 
 def _passes(lm: LanguageModel, rows: Iterable[Rows], say: Callable[[str], None]) -> Iterator[Pass]:
-    """The first pass over each batch of rows with a real token."""
+    """The clean pass over each batch of rows that contains a real token."""
     batches = iter(rows)
     opening = next(batches, None)
     if opening is None:
@@ -299,7 +301,7 @@ def _passes(lm: LanguageModel, rows: Iterable[Rows], say: Callable[[str], None])
 
 
 def _ablation(first: Pass, counts_n: Tensor, ablations: list[Ablation]) -> int:
-    """Which of `ablations` sets the tokens that count to 0; it is run and added where none does yet."""
+    """Index in `ablations` of the pass in which exactly the tokens `counts_n` are 0; run and appended if missing."""
     for place, ablation in enumerate(ablations):
         if torch.equal(ablation.counts_n, counts_n):
             return place
@@ -309,12 +311,12 @@ def _ablation(first: Pass, counts_n: Tensor, ablations: list[Ablation]) -> int:
 
 
 def _at(real_RT: Tensor, counts_n: Tensor) -> Tensor:
-    """Bool `[R, T]`: the real positions that count."""
+    """Bool `[R, T]`: the real positions for which `counts_n` is true."""
     return real_RT.masked_scatter(real_RT, counts_n)
 
 
 def _neighbor_cosines(sae: SAE) -> dict[str, float]:
-    """Over all latents, dead ones too, as SAEBench has them."""
+    """Mean nearest-neighbour cosines over all latents, including dead ones, as in SAEBench."""
     weights = {"encoder": sae.W_enc, "decoder": sae.W_dec}
     return {f"average_max_{k}_cosine_sim": nearest_neighbors(w).cosine.mean().item() for k, w in weights.items()}
 
@@ -322,9 +324,9 @@ def _neighbor_cosines(sae: SAE) -> dict[str, float]:
 def _in_categories(
     figures: dict[str, float], sae: Behaviour, clean: Behaviour, zero: Behaviour, positions: int, followed: int
 ) -> Metrics:
-    """SAEBench's categories and keys; a score is 1 for the clean model and 0 for zero ablation.
+    """The figures under SAEBench's categories and keys; a score is 1 for the clean model and 0 for zero ablation.
 
-    KL is a mean over `positions`, cross-entropy over those that are `followed` by a real token.
+    KL is averaged over `positions`, cross-entropy over those that are `followed` by a real token.
     """
     ce, ce_clean, ce_zero = (behaviour.ce / followed for behaviour in (sae, clean, zero))
     kl, kl_zero = sae.kl / positions, zero.kl / positions

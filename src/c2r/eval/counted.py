@@ -1,6 +1,6 @@
-"""The tokens of an evaluation's text that count for one SAE; the rule is `c2r.activations.counting`'s.
+"""The tokens of an evaluation's text that count for one SAE, by the rule in `c2r.activations.counting`.
 
-n tokens of the text · k tokens of it that count · D width of the activations.
+n tokens of the text · k tokens that count · D width of the activations.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from c2r.sae.model import SAE
 
 
 class Counted(NamedTuple):
-    """A text as one SAE is measured on it."""
+    """A text and which of its tokens count for one SAE."""
 
     text: TextActivations
-    """All of it, to be read."""
+    """All tokens, including those that do not count."""
     count_n: Tensor
     """Bool: which tokens count."""
     place_k: Tensor
-    """Where in the text these stand."""
+    """Indices of the tokens that count."""
     left_out: LeftOut
 
     @property
     def x_kD(self) -> Tensor:
-        """Activations of the tokens that count; no copy where all do."""
+        """Activations of the tokens that count; not copied if all of them count."""
         return self.text.x_nD[self.place_k] if self.left_out.outliers else self.text.x_nD
 
 
 def counted(bench: Bench, name: str, sae: SAE) -> Counted:
-    """The bench's text for one SAE, by the rule in the SAE's own file; says once what is left out.
+    """The bench's text for one SAE, by the rule in the SAE's `cfg.json`; prints once how many tokens are left out.
 
     Raises:
         ValueError: no token counts.
@@ -52,11 +52,11 @@ def say_left_out(console: Console, name: str, left_out: LeftOut) -> None:
     """Print how many tokens are left out, if any.
 
     Raises:
-        ValueError: all of them are.
+        ValueError: all tokens are left out.
     """
     if left_out.tokens and left_out.outliers == left_out.tokens:
         raise ValueError(
-            f"{left_out}: nothing is left to measure; is this the model, hook point and scale that the SAE was "
+            f"{left_out}: no token is left to evaluate on. Is this the model, hook point and scale that the SAE was "
             "trained on?"
         )
     if left_out.outliers:

@@ -1,6 +1,6 @@
-"""How well an SAE reconstructs activations, and how sparsely: running sums over tokens, in float64.
+"""Reconstruction and sparsity of an SAE, as running sums over tokens in float64.
 
-n tokens · D width of the activations · F latents.
+n tokens of a batch · p tokens of a piece of it · D width of the activations · F latents · N non-zeros.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _SUMS: tuple[str, ...] = (
     "l1",
 )
 _PIECE = {"cpu": 2**22}
-"""Most activations of latents at once, by kind of device: 16 MiB in fp32 on a CPU."""
+"""Largest number of latent activations computed at a time, by kind of device: 16 MiB in fp32 on a CPU."""
 _PIECE_ELSEWHERE = 2**26
 _SPARSE_BELOW = 1 / 16
-"""Share of latents that fire below which x̂ is summed from those alone."""
+"""If a smaller share of activations is non-zero, x̂ is computed from the non-zeros only."""
 
 
 class Fidelity:
-    """Running sums over tokens that give every figure of reconstruction, sparsity and density of one SAE."""
+    """Running sums over tokens for all figures of reconstruction, sparsity and density of one SAE."""
 
     def __init__(self, width: int, d_in: int) -> None:
         self.tokens = 0
@@ -47,7 +47,7 @@ class Fidelity:
         self._add_reconstruction(x_nD, x_hat_nD)
 
     def reconstruct(self, sae: SAE, x_nD: Tensor) -> Tensor:
-        """Count one batch of tokens, and return what the SAE makes of them, x̂ `[n, D]`."""
+        """Count one batch of tokens, and return the SAE's reconstructions x̂ `[n, D]`."""
         if not len(x_nD):
             return x_nD
         most = _PIECE.get(x_nD.device.type, _PIECE_ELSEWHERE)
@@ -61,7 +61,7 @@ class Fidelity:
         return x_hat_nD
 
     def joined(self, other: Fidelity) -> Fidelity:
-        """Both sets of tokens as one."""
+        """The sums over the tokens of both."""
         both = Fidelity(len(self.fired_F), len(self.sum_D))
         both.tokens, both.sum_D = self.tokens + other.tokens, self.sum_D + other.sum_D
         both.sums = {name: value + other.sums[name] for name, value in self.sums.items()}
@@ -94,7 +94,7 @@ class Fidelity:
             "norm_ratio": hat_norm_n / norm_n.clamp(min=1e-12),
             "inner": inner_n,
             "hat_square": hat_square_n,
-            # SAEBench 0.6.0's figure, kept for comparison with published tables: per token, against the batch's mean.
+            # SAEBench 0.6.0's EV, for comparison with published tables: per token, relative to the batch's mean.
             "legacy": 1 - error_n / (x - x.mean(0)).square().sum(1).clamp(min=1e-12),
         }
         found = dict(zip(parts, torch.stack(list(parts.values())).sum(1).tolist(), strict=True))
@@ -106,7 +106,7 @@ class Fidelity:
         self.sum_D += x.sum(0).cpu()
 
     def metrics(self) -> dict[str, float]:
-        """EV = 1 − Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ over all tokens; and the rest."""
+        """All figures. EV = 1 − Σ‖x − x̂‖² / Σ‖x − x̄‖², where x̄ is the mean over all tokens."""
         n = self.tokens
         mean = {name: value / n for name, value in self.sums.items()}
         variance = mean["square"] - (self.sum_D / n).square().sum().item()
@@ -143,7 +143,7 @@ class Fidelity:
 
 
 def _sparse(acts_nF: Tensor) -> Acts:
-    """The same activations as their non-zeros where these are few; half precision stays as it is."""
+    """The activations as `Codes` if few are non-zero, else unchanged; half precision is always left unchanged."""
     if acts_nF.dtype not in (torch.float32, torch.float64):
         return acts_nF
     tokens_N, latents_N = acts_nF.nonzero(as_tuple=True)

@@ -1,7 +1,7 @@
-"""What an SAE's `cfg.json` says of where it comes from: the language model and hook point it reads, and its text.
+"""What an SAE's `cfg.json` says about its language model, hook point and training text.
 
-One rule: whatever the file says is heeded, or refused by name if it would change what is evaluated. `SAID` and
-`OF_THE_MODEL` list what is done about each key.
+The rule: every key that affects what is evaluated is either applied, or refused with its name in the error. `SAID` and
+`OF_THE_MODEL` list how each key is handled.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from c2r.config.text import DataConfig, text_to_evaluate
 from c2r.interop.sae_config import checked
 
 _READING = ("context", "drop_tokens", "parse_special_tokens", "prepend_bos")
-"""Keys of `data` that say how rows are read and which tokens count, whatever the text."""
+"""Keys of `data` that define how rows are made and which tokens count, independently of the source."""
 
 
 class Rule(NamedTuple):
-    """What is done about one key."""
+    """How one key is handled: applied ("heeded"), ignored because it changes nothing ("harmless"), or refused."""
 
     how: Literal["heeded", "harmless", "refused"]
     why: str
-    """How it is heeded, why it is harmless, or why it cannot be heeded."""
+    """How it is applied, why it changes nothing, or why it cannot be applied."""
     allowed: tuple[Any, ...] = (None,)
-    """refused: values that pass, because they say nothing."""
+    """refused: values that are accepted, because they are equivalent to a missing key."""
 
 
 SAID: dict[str, Rule] = {
@@ -36,25 +36,25 @@ SAID: dict[str, Rule] = {
     "hook_layer": Rule("heeded", "must agree with hook_name"),
     "model_from_pretrained_kwargs": Rule("heeded", "see OF_THE_MODEL"),
     "context_size": Rule("heeded", "data.context"),
-    "prepend_bos": Rule("heeded", "false: rows without BOS, data.prepend_bos; true is what rows are anyway"),
-    "exclude_special_tokens": Rule("heeded", "a list: data.drop_tokens; special tokens are left out anyway"),
-    "exclude_bos": Rule("harmless", "BOS is left out anyway"),
-    "dataset_path": Rule("harmless", "where its text is from; the audit shows it"),
-    "dataset_trust_remote_code": Rule("harmless", "code of a data set is never run"),
-    "sae_lens_version": Rule("harmless", "who wrote the file"),
-    "hook_head_index": Rule("refused", "it reads one attention head, and c2r whole activations"),
-    "hook_head_index_out": Rule("refused", "it writes one attention head, and c2r whole activations"),
-    "hook_name_out": Rule("refused", "it writes another place than it reads (a transcoder)"),
+    "prepend_bos": Rule("heeded", "false: data.prepend_bos, rows without BOS; true is the default for rows"),
+    "exclude_special_tokens": Rule("heeded", "a list: data.drop_tokens; special tokens are always left out"),
+    "exclude_bos": Rule("harmless", "BOS is always left out"),
+    "dataset_path": Rule("harmless", "name of the training text; the audit shows it"),
+    "dataset_trust_remote_code": Rule("harmless", "code of a data set is never executed"),
+    "sae_lens_version": Rule("harmless", "version of the library that wrote the file"),
+    "hook_head_index": Rule("refused", "the SAE reads one attention head; c2r supports only whole activations"),
+    "hook_head_index_out": Rule("refused", "the SAE predicts one attention head; c2r supports only whole activations"),
+    "hook_name_out": Rule("refused", "the SAE predicts another hook point than it reads (a transcoder)"),
     "model_class_name": Rule(
-        "refused", "c2r reads Hugging Face causal language models",
+        "refused", "c2r supports only Hugging Face causal language models",
         (None, "HookedTransformer", "HookedSAETransformer", "TransformerBridge", "HookedMamba", "AutoModelForCausalLM"),
     ),
     "seqpos_slice": Rule(
-        "refused", "it reads some positions of a row alone, and c2r all of them",
+        "refused", "the SAE reads only some positions of a row; c2r evaluates all of them",
         (None, [], [None], [None, None], [0, None], [None, None, None], [None, None, 1], [0, None, 1]),
     ),
 }  # fmt: skip
-"""Keys of `metadata`. Keys that are not here describe the training of the SAE, and change nothing."""
+"""Keys of `metadata`. Any other key describes the SAE's training and does not affect its evaluation."""
 OF_THE_MODEL: dict[str, Rule] = {
     "center_writing_weights": Rule("heeded", "model.center_writing_weights"),
     "dtype": Rule("heeded", "model.dtype"),
@@ -62,33 +62,33 @@ OF_THE_MODEL: dict[str, Rule] = {
     "revision": Rule("heeded", "model.revision"),
     **dict.fromkeys(
         ("fold_ln", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices"),
-        Rule("harmless", "moves weights without changing what is emitted at the hook points that c2r reads"),
+        Rule("harmless", "rewrites weights without changing activations at the hook points that c2r reads"),
     ),
     **dict.fromkeys(
         ("device", "n_devices", "device_map", "move_to_device", "low_cpu_mem_usage", "use_cache", "cache_dir",
          "local_files_only", "force_download", "attn_implementation"),
-        Rule("harmless", "how the model is loaded or run, not what it computes"),
+        Rule("harmless", "affects how the model is loaded or run, not what it computes"),
     ),
     **dict.fromkeys(
         ("default_prepend_bos", "default_padding_side"),
-        Rule("harmless", "how TransformerLens makes rows of text by itself, which SAELens does not use"),
+        Rule("harmless", "affects how TransformerLens tokenizes text, which SAELens does not use"),
     ),
-    "trust_remote_code": Rule("harmless", "an SAE's own word on that is not taken"),
+    "trust_remote_code": Rule("harmless", "only the user can allow this, not an SAE's file"),
 }  # fmt: skip
-"""Keys of `metadata.model_from_pretrained_kwargs`. One that is not here is refused unless it says no."""
+"""Keys of `metadata.model_from_pretrained_kwargs`. Any other key is refused unless its value is null or false."""
 _PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16",
                "bf16": "bfloat16", "fp16": "float16", "half": "float16"}  # fmt: skip
 _HOOKS = get_args(Hook)
 _NAMED_ALIKE = {"gpt2-small": "gpt2"}
 _OWNERS = {"pythia-": "EleutherAI/", "gemma-": "google/"}
-"""TransformerLens's names of models that Hugging Face has under another."""
+"""TransformerLens's names, and name prefixes, of models that have another name on Hugging Face."""
 _OTHER_PLACES = {
-    "hook_resid_mid": "the residual stream between attention and MLP, where no module of a Hugging Face model ends",
+    "hook_resid_mid": "the residual stream between attention and MLP, which no module of a Hugging Face model outputs",
     "attn.hook_z": "attention heads before their output projection",
     "mlp.hook_post": "the MLP's hidden layer",
     "mlp.hook_pre": "the MLP's hidden layer",
 }
-"""Places in a block that c2r does not read, by TransformerLens's names, and what they are."""
+"""Hook points of TransformerLens that c2r does not support, and what they are."""
 
 
 def model_of(
@@ -102,12 +102,12 @@ def model_of(
     """The model and hook point that an SAE reads, from its `cfg.json`.
 
     Arguments:
-        name: replaces the model's name.
-        layer: replaces the block that the file names.
-        hook: replaces the hook that the file names.
+        name: overrides the model's name.
+        layer: overrides the file's layer.
+        hook: overrides the file's hook point.
 
     Raises:
-        ValueError: the file says neither in our words nor in SAELens's, or asks for something that is not read.
+        ValueError: the file names them neither in c2r's nor in SAELens's format, or asks for something unsupported.
     """
     config = _checked(config)
     by_hand: dict[str, Any] = {key: value for key, value in (("layer", layer), ("hook", hook)) if value is not None}
@@ -119,7 +119,7 @@ def model_of(
         given = _section(config, "model")
         if given is None:
             raise ValueError(
-                "the SAE was trained on known features and reads no language model; "
+                "the SAE was trained on known features, not on a language model; "
                 "suites: accepted are recovery, stability"
             )
     else:
@@ -131,17 +131,17 @@ def model_of(
 
 
 def data_of(config: dict[str, Any], changes: dict[str, Any]) -> DataConfig:
-    """The text that an SAE was trained on, or the standard library where its file does not say, with `changes`.
+    """The text that an SAE was trained on, with `changes`; the standard library if its file names no text.
 
-    A change of source keeps how rows are made (`context`, `prepend_bos`, `drop_tokens`) and nothing else. Of
-    text that training did not read, nothing is held out.
+    If the source is changed, only the settings of rows and tokens (`_READING`) are kept from the file. Nothing is held
+    out from text that the SAE was not trained on.
 
     Raises:
-        ValueError: the changes do not make a source, or the file is wrong.
+        ValueError: the changed settings are invalid, or the file is.
     """
     config = _checked(config)
     ours = _section(config, "data") if "c2r" in config else None
-    if isinstance(ours, dict) and "words" in ours:  # its name until 0.1
+    if isinstance(ours, dict) and "words" in ours:  # the key's name until 0.1
         ours = {("spelling_fraction" if key == "words" else key): value for key, value in ours.items()}
     given = _foreign_rows(config["metadata"]) if ours is None else ours
     if "source" in changes:
@@ -151,13 +151,13 @@ def data_of(config: dict[str, Any], changes: dict[str, Any]) -> DataConfig:
 
 
 def text_of_all(configs: dict[str, dict[str, Any]], changes: dict[str, Any]) -> DataConfig:
-    """The one text on which the SAEs of these `cfg.json` are read, by name; it does not depend on their order.
+    """The text on which to evaluate SAEs together, given their `cfg.json` by name; independent of their order.
 
-    It is the text that all of them name, with `changes`. A file that names no text (another library's) takes that of
-    those that do, but its length of rows and its BOS must be the same.
+    This is the text that all files name, with `changes`. SAEs whose files name no text (those of other libraries) are
+    evaluated on the text of the others, but their row length and BOS must agree with it.
 
     Raises:
-        ValueError: their files name different text, rows or tokens that count, and `changes` do not settle it.
+        ValueError: the files disagree on text, rows or tokens that count, and `changes` do not override that.
     """
     configs = {name: _checked(config) for name, config in configs.items()}
     texts = {name: data_of(config, changes) for name, config in configs.items()}
@@ -179,8 +179,8 @@ def text_of_all(configs: dict[str, dict[str, Any]], changes: dict[str, Any]) -> 
                 differing.append(f"prepend_bos {bos[0]!r} and {bos[1]!r}")
         if differing:
             raise ValueError(
-                f"{ruling} and {name} were trained on different text: {'; '.join(differing)}. Evaluate them apart, or "
-                "name the text on which both shall be read (data: source, path, context)"
+                f"{ruling} and {name} were trained on different text: {'; '.join(differing)}. Evaluate them "
+                "separately, or choose the text for both (data: source, path, context)"
             )
     return texts[ruling]
 
@@ -189,10 +189,10 @@ def point_of(metadata: dict[str, Any]) -> tuple[int, str]:
     """Layer and hook of a file's `hook_name`.
 
     Raises:
-        ValueError: it names another place, or does not say enough to tell which.
+        ValueError: it is missing, ambiguous or not a supported hook point.
     """
     place, layer = metadata.get("hook_name"), metadata.get("hook_layer")
-    accepted = f"accepted is blocks.N.hook_X, X one of {', '.join(_HOOKS)}; or give layer and hook by hand"
+    accepted = f"accepted is blocks.N.hook_X, where X is one of {', '.join(_HOOKS)}; or pass layer and hook yourself"
     if place is None:
         raise ValueError(f"cfg.json: hook_name: missing; {accepted}")
     found = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", place.replace("{layer}", str(layer)))
@@ -204,19 +204,19 @@ def point_of(metadata: dict[str, Any]) -> tuple[int, str]:
 
 
 def _reason(place: str) -> str:
-    """Why the place that a name stands for is not read."""
+    """What an unsupported hook name refers to, as a part of an error message; empty if unknown."""
     for part, what in _OTHER_PLACES.items():
         if place.endswith(part):
             return f", {what}"
     module = re.fullmatch(r"(?:\w+\.)*?(?:layers|h|blocks)\.(\d+)(\.\w+)*", place)
     if module is None or ".hook_" in place:
         return ""
-    said = ", a module, whose input or output may be meant"
-    return said + (f" (for a block's output, layer {module[1]} and hook resid_post)" if module[2] is None else "")
+    said = ", which is a module: its input or its output may be meant"
+    return said + (f" (the block's output is layer {module[1]}, hook resid_post)" if module[2] is None else "")
 
 
 def _foreign_model(metadata: dict[str, Any], name: str | None, by_hand: dict[str, Any]) -> dict[str, Any]:
-    """The section `model` that SAELens's metadata stands for."""
+    """The section `model` that corresponds to SAELens's metadata."""
     whole = {"layer", "hook"} <= set(by_hand)
     for key, value in metadata.items():
         rule = SAID.get(key)
@@ -224,20 +224,20 @@ def _foreign_model(metadata: dict[str, Any], name: str | None, by_hand: dict[str
             continue
         if key == "hook_name_out" and value == metadata.get("hook_name"):
             continue
-        if key == "hook_head_index" and whole:  # whoever gives the hook point says what is read
+        if key == "hook_head_index" and whole:  # the user has chosen the hook point
             continue
         raise ValueError(f"cfg.json: {key} is {value!r}: {rule.why}")
     kwargs = metadata.get("model_from_pretrained_kwargs") or {}
     for key, value in kwargs.items():
         if key not in OF_THE_MODEL and value not in (None, False):
             raise ValueError(
-                f"cfg.json: model_from_pretrained_kwargs.{key} is {value!r}, which may change the model's activations "
-                f"and is not known here; known are {', '.join(OF_THE_MODEL)}"
+                f"cfg.json: model_from_pretrained_kwargs.{key} is {value!r}; c2r does not know this option, and it may "
+                f"change the model's activations. Known options are {', '.join(OF_THE_MODEL)}"
             )
     layer, hook = (by_hand["layer"], by_hand["hook"]) if whole else point_of(metadata)
     name = name or metadata.get("model_name")
     if name is None:
-        raise ValueError("cfg.json: model_name: missing, so the language model is not known; give its name by hand")
+        raise ValueError("cfg.json: model_name: missing, so the language model is unknown; pass its name as model")
     given: dict[str, Any] = {"name": _hugging_face_name(name), "layer": layer, "hook": hook}
     center = kwargs.get("center_writing_weights")
     if center not in (None, True, False):
@@ -257,7 +257,7 @@ def _foreign_model(metadata: dict[str, Any], name: str | None, by_hand: dict[str
 
 
 def _foreign_rows(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The part of the section `data` that SAELens's metadata stands for: how rows are made."""
+    """The part of the section `data` that corresponds to SAELens's metadata: how rows are made."""
     given: dict[str, Any] = {"context": metadata.get("context_size") or DataConfig().context}
     left_out = metadata.get("exclude_special_tokens")
     if isinstance(left_out, list):
@@ -268,7 +268,7 @@ def _foreign_rows(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hugging_face_name(name: str) -> str:
-    """A model's name on the Hub, for the names that TransformerLens shortens."""
+    """A model's name on the Hugging Face Hub, from TransformerLens's short name."""
     if "/" in name or Path(name).exists():
         return name
     for start, owner in _OWNERS.items():
@@ -287,5 +287,5 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
 def _section(config: dict[str, Any], name: str) -> Any:
     """A part of c2r's own section."""
     if name not in config["c2r"]:
-        raise ValueError(f"cfg.json: c2r.{name}: missing; c2r writes it, and a file without is damaged")
+        raise ValueError(f"cfg.json: c2r.{name}: missing, although c2r always writes it; the file is damaged")
     return config["c2r"][name]

@@ -1,9 +1,10 @@
-"""How well an SAE trained on known features found them.
+"""How well an SAE trained on known features recovered them.
 
-"Nearest" is by signed cosine of decoder rows and true directions; only the matching takes |cos|, as EVALS has it. SAEs
-are read in their inference form, on fresh activations of the preset they were trained on.
+"Nearest" means the largest signed cosine between decoder rows and true directions; only the one-to-one matching (MCC)
+uses |cos|. SAEs are evaluated in their inference form, on fresh activations of the preset they were trained on.
 
-D width of the activations · F latents · G features · P parents · n tokens.
+D width of the activations · F latents · G features · P parents · C children · n tokens · m tokens on which a parent's
+latent misses it.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from c2r.progress import progress_bar
 from c2r.sae.model import SAE
 
 ABSORBED_SHARE = 0.4
-"""Of the parent's activation that another latent must supply."""
+"""Share of the parent's activation that another latent must supply for the parent to count as absorbed."""
 SPLIT_COSINE = 0.7
-"""Above which a latent stands for its nearest feature."""
+"""Cosine above which a latent counts as representing its nearest feature."""
 _SHOWN = {"absorption": "known_absorption", "f1": "feature_f1"}
-"""Names in the table, where absorption on a language model may stand beside."""
+"""Keys in the summary that differ from those in the metrics, to tell them apart from figures on language models."""
 
 
 class Recovery:
-    """Counts over tokens that give every figure of one SAE on known features."""
+    """Counts over tokens for all figures of one SAE on known features."""
 
     def __init__(self, sae: SAE, features: KnownFeatures) -> None:
         self.sae, self.features = sae, features
@@ -44,9 +45,9 @@ class Recovery:
         self.parents_P = features.parents.to(self.device)
         self.latent_P = self.cosine_FG[:, self.parents_P].argmax(0)
         """Each parent's nearest latent."""
-        # Over tokens: how often a latent fires, its feature is on, both.
+        # Numbers of tokens on which a latent fires, its nearest feature is on, and both.
         self.fires_F, self.on_F, self.both_F = (self._zeros(sae.width) for _ in range(3))
-        # Of each parent, without and with a child on: how often it is on, and its latent fires then.
+        # Without (row 0) and with (row 1) a child on: tokens on which a parent is on, and its latent fires as well.
         self.on_2P, self.detected_2P = (self._zeros(2, len(self.parents_P)) for _ in range(2))
         self.absorbed_P = self._zeros(len(self.parents_P))
         self.fidelity = Fidelity(sae.width, sae.d_in)
@@ -79,7 +80,7 @@ class Recovery:
             self.absorbed_P[at] += (supplied_mF >= enough_m1).any(1).sum()
 
     def _with_child(self, on_nG: Tensor) -> Tensor:
-        """Whether a child of each parent is on, bool `[n, P]`."""
+        """Bool `[n, P]`: whether any child of each parent is on."""
         parent_G = self.features.parent_G.to(self.device)
         born_C = (parent_G >= 0).nonzero().squeeze(1)
         counts_nG = torch.zeros_like(on_nG, dtype=torch.int).index_add_(1, parent_G[born_C], on_nG[:, born_C].int())
@@ -87,30 +88,34 @@ class Recovery:
 
     @property
     def f1_F(self) -> Tensor:
-        """F1 of each latent as a detector of its nearest feature; 0 for dead ones."""
+        """F1 score of each latent as a detector of its nearest feature; 0 for dead latents."""
         return 2 * self.both_F / (self.fires_F + self.on_F).clamp(min=1)
 
     @property
     def absorption_P(self) -> Tensor:
-        """Of the tokens with a parent and a child of it on, the share on which the parent's latent is silent and some
-        other supplies `ABSORBED_SHARE` of the parent's activation or more; NaN for parents never on with a child.
+        """Among tokens with a parent and one of its children on, the share on which the parent's latent is silent and
+        another latent supplies at least `ABSORBED_SHARE` of the parent's activation. NaN if there is no such token.
         """
         return self.absorbed_P / self.on_2P[1]
 
     @property
     def hole_P(self) -> Tensor:
-        """Recall of a parent by its latent without a child on, less that with one; NaN where one never happens."""
+        """A parent's recall by its latent on tokens without a child on, minus that on tokens with one; NaN if either
+        kind of token never occurs.
+        """
         alone_P, joint_P = self.detected_2P / self.on_2P
         return alone_P - joint_P
 
     @property
     def latents_G(self) -> Tensor:
-        """How many latents stand for each feature: they fire, have it nearest, and a cosine over `SPLIT_COSINE`."""
+        """Number of latents that represent each feature: latents that fire, whose nearest feature it is, with a cosine
+        above `SPLIT_COSINE`.
+        """
         standing_F = (self.fires_F > 0) & (self.cosine_FG.amax(1) > SPLIT_COSINE)
         return torch.bincount(self.feature_F[standing_F], minlength=self.features.features)
 
     def metrics(self) -> dict[str, float]:
-        """Means over latents, features or parents; NaN over none."""
+        """Means over latents, features or parents; NaN if there are none."""
         return {
             "mcc": matched_cosine(self.sae.W_dec, self.features.directions_GD),
             "uniqueness": len(self.feature_F.unique()) / self.sae.width,
@@ -122,7 +127,7 @@ class Recovery:
         }
 
     def details(self) -> list[dict[str, Any]]:
-        """Each parent's figures."""
+        """One row of figures per parent."""
         columns = {
             "feature": self.parents_P,
             "latent": self.latent_P,
@@ -137,22 +142,22 @@ class Recovery:
 
 
 def preset_of(config: dict[str, Any]) -> SyntheticConfig:
-    """The preset that an SAE was trained on, from its `cfg.json`.
+    """The preset of known features that an SAE was trained on, from its `cfg.json`.
 
     Raises:
-        ValueError: it was trained on something else.
+        ValueError: it was trained on other data.
     """
     data = config.get("c2r", {}).get("data", {})
     if data.get("source") != "synthetic":
         raise ValueError(
-            "recovery needs an SAE trained on known features (c2r train, data: {source: synthetic}); this one was "
-            f"trained on {data.get('path') or data.get('source') or 'what its cfg.json does not say'}"
+            "recovery needs an SAE trained on known features (by c2r, with data.source: synthetic); this one was "
+            f"trained on {data.get('path') or data.get('source') or 'data that its cfg.json does not name'}"
         )
     return of_preset(data)
 
 
 def evaluate_recovery(bench: Bench, name: str, sae: SAE) -> Outcome:
-    """Recovery of the features that the SAE was trained on, with fidelity beside it."""
+    """Evaluate the recovery of the features that the SAE was trained on, and its reconstruction and sparsity."""
     config = preset_of(sae.config)
     features = known_features(config)
     found = Recovery(sae, features)
@@ -167,7 +172,7 @@ def evaluate_recovery(bench: Bench, name: str, sae: SAE) -> Outcome:
         "l0": fidelity["l0"],
         "true_l0": features.mean_l0,
         "alive": fidelity["frac_alive"],
-        # Of means: a token without any feature has norm 0, which no mean of ratios survives.
+        # A ratio of means, because tokens without any feature have norm 0 and no ratio of their own.
         "l2_ratio": fidelity["l2_norm_out"] / fidelity["l2_norm_in"],
     }
     return Outcome(

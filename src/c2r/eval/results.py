@@ -1,4 +1,4 @@
-"""Result files in SAEBench's form: one JSON an evaluation and SAE."""
+"""Result files in SAEBench's format: one JSON file per evaluation and SAE."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Metrics = dict[str, dict[str, float]]
 
 
 class Histogram(TypedDict):
-    """Counts of values in bins of equal width; values outside count in the first or last bin."""
+    """Counts of values in bins of equal width; values out of range are counted in the first or last bin."""
 
     low: float
     high: float
@@ -36,7 +36,7 @@ def histogram(values: Tensor, low: float, high: float, bins: int = 60) -> Histog
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all; NaN and infinity, which JSON lacks, become null.
+    """Write JSON atomically; NaN and infinity, which JSON lacks, become null.
 
     Raises:
         ValueError: it cannot be written; names the file.
@@ -45,7 +45,7 @@ def write_json(path: Path, content: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"out: cannot make the folder {path.parent}: {error.strerror}") from error
+        raise ValueError(f"out: cannot create the folder {path.parent}: {error.strerror}") from error
     write_text(path, text, "out")
 
 
@@ -62,13 +62,13 @@ def write_result(
     file: str | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Write `<sae>_<file or evaluation>.json`, the envelope that SAEBench's plots and tables read; return its path.
+    """Write `<sae>_<file or evaluation>.json`, in the format that SAEBench's plots and tables read; return its path.
 
-    An earlier result of that name is replaced if it is one of the same SAE with the same settings, on the same text
-    and model by their contents; any other is moved to `earlier/`, its date in its name, which is said.
+    An earlier result of that name is replaced if it has the same settings and comes from the same SAE, text and model,
+    compared by their contents. Any other is moved to `earlier/` with its date in its name, and the new path is printed.
 
     Raises:
-        ValueError: it cannot be written. It is then in a temporary folder, which the message names.
+        ValueError: it cannot be written. The result is then saved in a temporary folder, which the message names.
     """
     path = folder / f"{sae_name}_{file or evaluation}.json"
     content = {
@@ -76,7 +76,7 @@ def write_result(
         "eval_config": config,
         "eval_id": str(uuid.uuid4()),
         "datetime_epoch_millis": int(time.time() * 1000),
-        # SAEBench's core schema demands every figure, -1 where there is none.
+        # SAEBench's core schema requires every figure, and -1 for a missing one.
         "eval_result_metrics": _finite(metrics, -1 if evaluation == "core" else None),
         "eval_result_details": details or [],
         "sae_bench_commit_hash": "",
@@ -92,12 +92,12 @@ def write_result(
     except (OSError, ValueError) as error:
         aside = Path(tempfile.mkdtemp(prefix="c2r-result-")) / path.name
         write_json(aside, content)
-        raise ValueError(f"{error}; the result is in {aside}") from error
+        raise ValueError(f"{error}; the result was saved as {aside} instead") from error
     return path
 
 
 def _not_numbers(metrics: Metrics) -> list[str]:
-    """Figures that there are none of, `category.name`: in `core` they stand as −1, which others may be too."""
+    """Names `category.name` of figures without a value, needed for `core`: there they are −1, like some real values."""
     return [
         f"{category}.{name}"
         for category, figures in metrics.items()
@@ -107,7 +107,7 @@ def _not_numbers(metrics: Metrics) -> list[str]:
 
 
 def keep_earlier(path: Path, content: dict[str, Any], console: Console | None = None) -> None:
-    """Move a result that is not of the same SAE, settings, text and model out of the way of a new one."""
+    """Move an existing result to `earlier/` unless its SAE, settings, text and model equal those of the new one."""
     if not path.is_file():
         return
     try:
@@ -115,7 +115,7 @@ def keep_earlier(path: Path, content: dict[str, Any], console: Console | None = 
         if _question(earlier) == _question(json.loads(json.dumps(content))):
             return
         made = earlier["datetime_epoch_millis"] / 1000
-    except (ValueError, KeyError, TypeError, AttributeError):  # no result of ours
+    except (ValueError, KeyError, TypeError, AttributeError):  # not a result of c2r
         made = path.stat().st_mtime
     date = datetime.fromtimestamp(made, timezone.utc).strftime("%Y-%m-%dT%H-%M-%S")
     stem = f"{path.stem}_{date}"
@@ -127,21 +127,19 @@ def keep_earlier(path: Path, content: dict[str, Any], console: Console | None = 
             file.rename(path.parent / EARLIER / f"{stem}{file.suffix}")
     if console is not None:
         kept = path.parent / EARLIER / f"{stem}.json"
-        console.print(
-            f"an earlier result with other settings, text, model or weights is kept as {kept}", soft_wrap=True
-        )
+        console.print(f"moved an earlier result with other settings, text, model or weights to {kept}", soft_wrap=True)
 
 
 def _question(result: dict[str, Any]) -> Any:
-    """What a result is an answer to: all but versions of code, which are facts."""
+    """What identifies a result: evaluation, settings, SAE, text and model, but not the versions of the code."""
     config = dict(result["eval_config"])
     identity = {part: said for part, said in config.pop("identity", {}).items() if part != "code"}
     return _finite([result["eval_type_id"], config, identity], None)
 
 
 def unfinished(sae_config: dict[str, Any]) -> dict[str, float | None]:
-    """Tokens that an SAE was trained on (`trained_tokens`), of how many (`train_tokens`); empty for one of which c2r
-    does not know that its training was cut short.
+    """For an SAE whose training was stopped early: tokens seen (`trained_tokens`) and planned (`train_tokens`). Empty
+    for all others, including those whose file does not say.
     """
     try:
         ours = sae_config["c2r"]

@@ -1,8 +1,8 @@
-"""Whether SAEs that differ in their seed alone find the same latents (PW-MCC), beside what random dictionaries give.
+"""Whether SAEs that differ only in their seed find the same latents (PW-MCC), compared with random dictionaries.
 
-Two dictionaries are paired latent by latent so that the sum of |cos| of decoder rows is largest (Hungarian matching),
-and the mean |cos| of the pairs is their figure. All latents count, dead ones too: a dead row has stayed near where
-chance put it, and pulls the figure towards the random one.
+The latents of two dictionaries are paired one to one so that the sum of |cos| of their decoder rows is largest
+(Hungarian matching); the score is the mean |cos| over pairs. Dead latents are included: their rows have stayed close to
+their random initialisation, which pulls the score towards that of random dictionaries.
 
 D width of the activations · F, G rows of two dictionaries.
 """
@@ -25,13 +25,14 @@ from c2r.eval.outcome import Outcome
 from c2r.sae.model import SAE
 
 LARGEST, SAMPLED = 8192, 2048
-"""Of a dictionary with more latents than the first, so many random ones are matched with all of the other."""
+"""If dictionaries have more than `LARGEST` latents, `SAMPLED` random ones of the first are matched with all of the
+second."""
 EVALUATION = "stability"
 
 
 @torch.no_grad()
 def matched_cosine(a_FD: Tensor, b_GD: Tensor) -> float:
-    """Mean |cos| over the pairing of rows with the largest sum of it; min(F, G) pairs, each row in one at most."""
+    """Mean |cos| of the one-to-one pairing of rows with the largest sum of |cos|, which has min(F, G) pairs."""
     from scipy.optimize import linear_sum_assignment
 
     a_FD, b_GD = F.normalize(a_FD.float(), dim=1), F.normalize(b_GD.to(a_FD.device).float(), dim=1)
@@ -40,32 +41,34 @@ def matched_cosine(a_FD: Tensor, b_GD: Tensor) -> float:
 
 
 def agreement(a_FD: Tensor, b_FD: Tensor, seed: int = 0) -> float:
-    """`matched_cosine` of two dictionaries; beyond `LARGEST` rows an estimate from above, since fewer rows compete."""
+    """`matched_cosine` of two dictionaries. Above `LARGEST` rows it overestimates: fewer rows compete for a partner."""
     if len(a_FD) > LARGEST:
         a_FD = a_FD[torch.randperm(len(a_FD), generator=torch.Generator().manual_seed(seed))[:SAMPLED].to(a_FD.device)]
     return matched_cosine(a_FD, b_FD)
 
 
 def random_agreement(width: int, d_in: int, seed: int = 0) -> float:
-    """`agreement` of two random dictionaries of that shape."""
+    """`agreement` of two random dictionaries of this shape."""
     generator = torch.Generator().manual_seed(seed)
     a_FD, b_FD = torch.randn(2, width, d_in, generator=generator)
     return agreement(a_FD, b_FD, seed)
 
 
 def run_stability(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
-    """Each SAE's mean agreement with the others, and the random floor."""
+    """Evaluate each SAE's mean agreement with the others, and that of random dictionaries of the same shape."""
     names = list(saes)
     shapes = {name: (sae.width, sae.d_in) for name, sae in saes.items()}
     if len(names) < 2 or len(set(shapes.values())) > 1:
-        fault = f"stability compares two or more SAEs of one shape that differ in their seed; got [F, D] of {shapes}"
+        fault = (
+            f"stability needs at least two SAEs of the same shape, trained with different seeds; got [F, D] {shapes}"
+        )
         yield from (Outcome(name, EVALUATION, error=fault) for name in names)
         return
     for doubt in doubts([sae.config for sae in saes.values()]):
         bench.console.print(f"[yellow]stability: {escape(doubt)}[/]")
     floor = random_agreement(*shapes[names[0]], bench.config.seed)
     found: dict[frozenset[str], float] = {}
-    for one, other in itertools.combinations(sorted(names), 2):  # of which one is sampled: not the order of arguments
+    for one, other in itertools.combinations(sorted(names), 2):  # sorted: which one is sampled must not depend on order
         found[frozenset((one, other))] = agreement(saes[one].W_dec, saes[other].W_dec, bench.config.seed)
     for name in names:
         others = {other: found[frozenset((name, other))] for other in names if other != name}
@@ -81,15 +84,15 @@ def run_stability(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
 
 
 def doubts(configs: list[dict[str, Any]]) -> list[str]:
-    """Why a comparison of SAEs with these `cfg.json` may say little about seeds."""
+    """Reasons why comparing SAEs with these `cfg.json` may say little about the effect of the seed."""
     found = []
     if len(configs) < 3:
-        found.append(f"{len(configs)} SAEs; 3 seeds or more are recommended")
+        found.append(f"only {len(configs)} SAEs; 3 or more seeds are recommended")
     ours = [config["c2r"] for config in configs if "c2r" in config]
     own = [(one.get("sae") or {}).get("seed") for one in ours]
     seeds = [one.get("seed") if seed is None else seed for one, seed in zip(ours, own, strict=True)]
     if len(set(seeds)) < len(seeds):
-        found.append(f"initialised with the seeds {seeds}; SAEs of one seed start alike, and agree for that reason")
+        found.append(f"the SAEs were initialised with the seeds {seeds}; equal seeds start equal, so they agree anyway")
     settings = [{part: dict(one.get(part) or {}) for part in ("model", "data", "train", "sae")} for one in ours]
     differing = sorted(
         f"{part}.{key}"
@@ -99,5 +102,5 @@ def doubts(configs: list[dict[str, Any]]) -> list[str]:
     )
     differing = [key for key in differing if key not in ("sae.name", "sae.seed", "train.device", "train.log_every")]
     if differing:
-        found.append(f"the SAEs differ in {', '.join(differing)} too, not in the seed alone")
+        found.append(f"the SAEs differ not only in their seed but also in {', '.join(differing)}")
     return found

@@ -1,4 +1,4 @@
-"""Tokens as a reader sees them: leading spaces survive, and characters spread over several tokens are whole."""
+"""Text of tokens for display: leading spaces are kept, and characters that span several tokens are decoded whole."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 _INCOMPLETE = "\ufffd"
-"""What bytes decode to that are no character yet."""
+"""What an incomplete UTF-8 sequence decodes to."""
 _LONGEST = 3
-"""Tokens to either side that may belong to a character at the border: UTF-8 has at most four bytes."""
+"""Further tokens that a character at the border may span: UTF-8 has at most four bytes."""
 
 
 class Shown(NamedTuple):
-    """A text and which of its characters come from which token."""
+    """A text, and which of its characters belong to which token."""
 
     text: str
     spans: list[tuple[int, int]]
-    """First character and end of each token. Tokens that make up one character together all have that character."""
+    """First character and end of each token. Tokens that jointly encode one character all have that character."""
 
 
 def shown(tokenizer: Any, ids: Sequence[int]) -> Shown:
-    """The text of token ids within a text, so that what decoders strip at the beginning of one is there."""
+    """The text of token ids as it is inside a longer text: leading spaces, which decoders strip, are kept."""
     ids = [int(i) for i in ids]
     decode = _decoder(tokenizer, ids)
     text = decode(ids)
     starts = (decode(ids[:count]) for count in range(len(ids)))
-    # An end in mid-character comes out as U+FFFD.
+    # A text that ends inside a character decodes to U+FFFD there.
     ends = [*accumulate((min(len(start.rstrip(_INCOMPLETE)), len(text)) for start in starts), max), len(text)]
     spans: list[tuple[int, int]] = []
-    for first, end in reversed(list(pairwise(ends))):  # a token without an end of its own belongs to what it begins
+    for first, end in reversed(list(pairwise(ends))):  # an incomplete token gets the span of the character it begins
         spans.append((first, end) if end > first or not spans else spans[-1])
     return Shown(text, spans[::-1])
 
 
 def snippet(tokenizer: Any, ids: Sequence[int], place: int, first: int, last: int) -> tuple[str, str, str]:
-    """The text before, of and after the token at `place`, from token `first` to `last`, which is included.
+    """The text before, of and after the token at `place`, within the tokens `first` to `last` (inclusive).
 
-    A character that the borders would cut is completed where `ids` has the rest, else left out.
+    A character cut by these borders is completed if `ids` contains the rest, else omitted.
     """
     low, high = max(0, first - _LONGEST), min(len(ids) - 1, last + _LONGEST)
     while first > low and shown(tokenizer, ids[first : last + 1]).text.startswith(_INCOMPLETE):
@@ -51,7 +51,7 @@ def snippet(tokenizer: Any, ids: Sequence[int], place: int, first: int, last: in
 
 
 def _decoder(tokenizer: Any, ids: list[int]) -> Callable[[list[int]], str]:
-    """Decodes ids that stand after another token, where one of them can be that."""
+    """A function that decodes ids as if they followed another token, if one of `ids` can serve as that token."""
 
     def decode(part: list[int]) -> str:
         return tokenizer.decode(part, clean_up_tokenization_spaces=False)

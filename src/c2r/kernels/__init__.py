@@ -1,1 +1,1 @@
-"""Sparse products and searches on tensors: PyTorch alone, nothing of SAEs."""
+"""Sparse products and searches on tensors; depends only on PyTorch."""

@@ -1,6 +1,6 @@
-"""The few entries of a large matrix that are above a floor, the matrix being read once.
+"""Find the few entries of a large matrix that are above a threshold, the floor, reading the matrix only once.
 
-R, C rows and columns · N entries found · H groups looked into · G entries of a group.
+R, C rows and columns · N entries found · H groups with an entry above the floor · G entries per group.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ GROUP = 32
 
 
 class Entries(NamedTuple):
-    """Entries of a matrix."""
+    """Some entries of a matrix, with their row and column indices."""
 
     values: Tensor
     rows: Tensor
@@ -22,11 +22,12 @@ class Entries(NamedTuple):
 
 
 def entries_above(matrix_RC: Tensor, floor: float | Tensor, dim: int = 1) -> Entries:
-    """The entries above `floor`, which may differ by row (`[R]`, dim 1) or by column (`[C]`, dim 0).
+    """The entries above `floor`: a number, or one value per row (`[R]`, dim 1) or per column (`[C]`, dim 0).
 
-    The matrix is read once, for the maxima of strided groups along `dim`; few groups are looked into. It may be the
-    transpose of one that is contiguous. Where rows are of whole groups (dim 1), the floor may differ by group too,
-    `[R, C / GROUP]`: group g is columns g, g + C / GROUP, g + 2·C / GROUP, …
+    The matrix is read once, to compute the maxima of strided groups along `dim`; only the few groups whose maximum is
+    above the floor are searched. The matrix may be the transpose of a contiguous one. With dim 1 and C divisible by
+    `GROUP`, the floor may also have one value per group, `[R, C / GROUP]`: group g consists of the columns g,
+    g + C / GROUP, g + 2·C / GROUP, …
     """
     if matrix_RC.stride(0) < matrix_RC.stride(1):
         values, columns, rows = entries_above(matrix_RC.T, floor, 1 - dim)
@@ -34,7 +35,7 @@ def entries_above(matrix_RC: Tensor, floor: float | Tensor, dim: int = 1) -> Ent
     groups = matrix_RC.shape[dim] // GROUP
     covered = groups * GROUP
     floor = torch.as_tensor(floor, dtype=torch.float32, device=matrix_RC.device)
-    # Group c holds entries c, c + groups, c + 2·groups, … of a line: a maximum over lines of a contiguous view.
+    # Strided groups: group c holds entries c, c + groups, c + 2·groups, … of a line, so amax reads memory in order.
     grouped = matrix_RC.narrow(dim, 0, covered).unflatten(dim, (GROUP, groups))
     of_group = floor if floor.ndim == 2 else floor.reshape(-1).unsqueeze(dim)
     highest = grouped.amax(dim)

@@ -1,10 +1,10 @@
-"""Sparse activations and the products they need: encode, decode and both weight gradients from N non-zeros.
+"""Sparse activations and their products: encode, decode and both weight gradients, computed from N non-zeros.
 
-An encoder emits activations in one of two forms, dense `[B, F]` or `Codes`; `norms`, `decode`, `l0` and `to_dense`
-take either. The index of a batch's non-zeros is sorted by latent once a step and shared by encode and every backward.
-Nothing of size B×F or N×D is kept.
+Activations have one of two forms, dense `[B, F]` or `Codes`; `norms`, `decode`, `l0` and `to_dense` accept both. The
+non-zeros of a batch are sorted by latent once per step; encode and all backward passes share the result. No tensor of
+size B×F or N×D is kept.
 
-B tokens in a batch · D width of the activations · F latents · N non-zeros in a batch.
+B tokens in a batch · D width of the activations · F latents · N non-zeros in a batch · R latents of a group.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from c2r.kernels.rows import gather_sum, row_dots, row_starts, weighted_sum
 
 
 class ByLatent(NamedTuple):
-    """The non-zeros of a batch in the order of their latents, and within one of their tokens."""
+    """The non-zeros of a batch, sorted by latent and then by token."""
 
     order_N: Tensor
-    """Where each stands in the support."""
+    """Index of each non-zero in the support."""
     tokens_N: Tensor
     starts: Tensor
-    """`[F + 1]`: where each latent's begin."""
+    """`[F + 1]`: the non-zeros of latent i are those from starts[i] to starts[i + 1]."""
 
 
 @dataclass(frozen=True)
 class Support:
-    """Where the non-zeros of a batch are, token by token."""
+    """Positions of the non-zeros of a batch, sorted by token."""
 
     latents_N: Tensor
     """Latent of each non-zero, int64, grouped by token."""
@@ -52,14 +52,14 @@ class Support:
 
     @cached_property
     def by_latent(self) -> ByLatent:
-        """The same non-zeros grouped by latent."""
+        """The same non-zeros, grouped by latent."""
         latents_N, order_N = self.latents_N.sort(stable=True)
         return ByLatent(order_N, self.tokens_N[order_N], row_starts(latents_N, self.width))
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Sparse activations of a batch: `values_N` at `support`."""
+    """Sparse activations of a batch: `values_N` at the positions `support`."""
 
     values_N: Tensor
     support: Support
@@ -74,14 +74,14 @@ Acts = Tensor | Codes
 
 
 def from_dense(acts_BF: Tensor) -> Codes:
-    """The non-zeros of dense activations, with their gradient."""
+    """The non-zeros of dense activations; differentiable."""
     tokens, latents = acts_BF.nonzero(as_tuple=True)
     support = Support(latents, tokens, *acts_BF.shape)
     return Codes(acts_BF[tokens, latents], support)
 
 
 def to_dense(acts: Acts) -> Tensor:
-    """Dense `[B, F]`."""
+    """Dense activations `[B, F]`."""
     if isinstance(acts, Tensor):
         return acts
     at = acts.support
@@ -89,7 +89,7 @@ def to_dense(acts: Acts) -> Tensor:
 
 
 def join(parts: Sequence[Codes]) -> Codes:
-    """Batches of the same latents as one batch, in order."""
+    """Concatenate batches of the same latents."""
     starts = itertools.accumulate((part.support.batch for part in parts), initial=0)
     tokens_N = torch.cat([part.support.tokens_N + start for part, start in zip(parts, starts, strict=False)])
     latents_N = torch.cat([part.support.latents_N for part in parts])
@@ -98,7 +98,7 @@ def join(parts: Sequence[Codes]) -> Codes:
 
 
 def take(codes: Codes, tokens_B: Tensor) -> Codes:
-    """The activations of the tokens named, in that order."""
+    """The activations of the tokens with indices `tokens_B`, in that order."""
     starts = codes.support.token_starts
     counts_B = starts[tokens_B + 1] - starts[tokens_B]
     rows_N = torch.arange(len(tokens_B), device=counts_B.device).repeat_interleave(counts_B)
@@ -108,7 +108,7 @@ def take(codes: Codes, tokens_B: Tensor) -> Codes:
 
 
 def norms(acts: Acts) -> Tensor:
-    """‖f_i‖₂ of each latent over the batch, `[F]`, in at least fp32; its gradient is 0 where a latent is silent."""
+    """‖f_i‖₂ of each latent over the batch, `[F]`, in at least fp32; the gradient is 0 for silent latents."""
     if isinstance(acts, Tensor):
         square_F = at_least_fp32(acts).square().sum(0)
     else:
@@ -119,19 +119,19 @@ def norms(acts: Acts) -> Tensor:
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
-    """Half precision as fp32: a sum of squares over a batch overflows or vanishes there."""
+    """Convert half precision to fp32, because a sum of squares over a batch would overflow or vanish."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def l0(acts: Acts) -> Tensor:
-    """Mean number of active latents a token, a scalar."""
+    """Mean number of active latents per token, a scalar."""
     if isinstance(acts, Tensor):
         return (acts != 0).sum() / acts.shape[0]
     return (acts.values_N != 0).sum() / acts.support.batch
 
 
 def fired(acts: Acts) -> Tensor:
-    """Which latents are active anywhere in the batch, bool `[F]`."""
+    """Bool `[F]`: which latents are active on any token of the batch."""
     if isinstance(acts, Tensor):
         return (acts != 0).any(0)
     fired_F = torch.zeros(acts.width, dtype=torch.bool, device=acts.values_N.device)
@@ -148,10 +148,10 @@ def decode(acts: Acts, W_dec_FD: Tensor, b_dec_D: Tensor) -> Tensor:
 
 
 def decode_groups(acts: Acts, W_dec_FD: Tensor, b_dec_D: Tensor, ends: tuple[int, ...]) -> list[Tensor]:
-    """Reconstructions `[B, D]` from latents 0 to each of `ends`, at the price of one: a prefix adds its own latents."""
+    """Reconstructions `[B, D]` from the first `end` latents for each of `ends`, each computed from the previous one."""
     starts = (0, *ends[:-1])
     sizes = [end - start for start, end in zip(starts, ends, strict=True)]
-    # One split: its backward joins the groups' gradients, where a slice's makes a whole F×D of zeros for each group.
+    # `split`, not slices: its backward concatenates the gradients, while each slice's allocates F×D zeros.
     rows = W_dec_FD.split([*sizes, len(W_dec_FD) - ends[-1]])
     prefixes, x_hat_BD, zeros_D = [], b_dec_D, torch.zeros_like(b_dec_D)
     for start, end, rows_RD in zip(starts, ends, rows, strict=False):
@@ -178,33 +178,33 @@ def encode_at(
     b_dec_D: Tensor | None,
     values_N: Tensor | None = None,
 ) -> Tensor:
-    """Pre-activations (x − b_dec)·W_enc + b_enc at `support` alone, `[N]`, in the precision of the weights.
+    """Pre-activations (x − b_dec)·W_enc + b_enc only at `support`, `[N]`, in the precision of the weights.
 
-    `x_BD` is data: it gets no gradient. `b_dec_D` is None for an encoder that does not subtract it. `values_N` are the
-    result where it is known.
+    `x_BD` is data and gets no gradient. `b_dec_D` is None for an encoder that does not subtract it. If the result is
+    already known, pass it as `values_N`.
     """
     of_support_N: Any = _Encode.apply(x_BD, W_enc_FD, b_enc_F, b_dec_D, support, values_N)
     return of_support_N
 
 
 def encode_all(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Pre-activations (x − b_dec)·W_enc + b_enc `[B, F]`, multiplied in `dtype`; gradients in that of the weights.
+    """Pre-activations (x − b_dec)·W_enc + b_enc `[B, F]`, multiplied in `dtype`; gradients have the weights' dtype.
 
-    `x_BD` is data: it gets no gradient. `b_dec_D` is None for an encoder that does not subtract it.
+    `x_BD` is data and gets no gradient. `b_dec_D` is None for an encoder that does not subtract it.
     """
     pre_BF: Any = _EncodeAll.apply(x_BD, W_enc_FD, b_enc_F, b_dec_D, dtype)
     return pre_BF
 
 
 def _dots_at(support: Support, rows_BD: Tensor, weights_FD: Tensor) -> Tensor:
-    """rows[token_n] · weights[latent_n], `[N]`; latent by latent, so that each weight comes from memory once."""
+    """rows[token_n] · weights[latent_n], `[N]`, computed latent by latent, so that each weight is loaded only once."""
     at = support.by_latent
     dots_N = row_dots(weights_FD, rows_BD, at.tokens_N, at.starts)
     return torch.empty_like(dots_N).index_copy_(0, at.order_N, dots_N)
 
 
 def _weight_gradient(rows_BD: Tensor, weight_N: Tensor, support: Support) -> Tensor:
-    """Σ over a latent's non-zeros of weight_n · rows[token_n], `[F, D]`."""
+    """Σ weight_n · rows[token_n] over the non-zeros n of each latent, `[F, D]`."""
     at = support.by_latent
     return gather_sum(rows_BD.contiguous(), at.tokens_N, at.starts, weight_N[at.order_N])
 
@@ -241,7 +241,7 @@ class _EncodeAll(torch.autograd.Function):
         centred_BD, W_enc_FD = ctx.saved_tensors
         with torch.autocast(grad_BF.device.type, enabled=False):
             grad_b_enc = grad_BF.sum(0)
-            # Every token subtracts the same b_dec, so its gradient needs only the latents' totals.
+            # All tokens subtract the same b_dec, so its gradient depends only on sums over tokens.
             grad_b_dec = -weighted_sum(W_enc_FD, grad_b_enc) if ctx.needs_input_grad[3] else None
             return None, grad_BF.T @ centred_BD, grad_b_enc, grad_b_dec, None
 
@@ -270,6 +270,6 @@ class _Encode(torch.autograd.Function):
         centred_BD, W_enc_FD = ctx.saved_tensors
         grad_W_enc = _weight_gradient(centred_BD, grad_N, ctx.support)
         grad_b_enc = grad_N.new_zeros(ctx.support.width).index_add(0, ctx.support.latents_N, grad_N)
-        # Every token subtracts the same b_dec, so its gradient needs only the latents' totals.
+        # All tokens subtract the same b_dec, so its gradient depends only on sums over tokens.
         grad_b_dec = -weighted_sum(W_enc_FD, grad_b_enc) if ctx.needs_input_grad[3] else None
         return None, grad_W_enc, grad_b_enc, grad_b_dec, None, None

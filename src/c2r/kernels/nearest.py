@@ -1,9 +1,9 @@
-"""The nearest rows among F without an F×F matrix.
+"""Nearest rows of a matrix with F rows, without an F×F matrix.
 
-A product in bf16 finds who could be nearest; the few that could are compared in full precision, so that the answer is
-the exact one at the price of the cheap product.
+A product in bf16 finds the few candidates for the nearest row, and these are compared in full precision: the result is
+exact, at the cost of the cheap product.
 
-R, C rows and columns of a tile · D width of the activations · F latents · P pairs.
+R, C rows and columns of a tile · D width of the activations · F latents · M candidates per row · P pairs.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from c2r.machine import quick_dtype
 
 TILE = 2048
 _CROWDED = 64
+"""If a tile has more candidates than this per row, its best ones are determined in full precision at once."""
 _SLACK = {torch.bfloat16: 2.0**-6, torch.float32: 1e-5, torch.float64: 1e-12}
-"""Twice what rounding can move the cosine of two unit rows: bf16 moves it by 2⁻⁸ + 2⁻⁹ at most."""
+"""Twice the largest rounding error of the cosine of two unit rows; in bf16 that error is at most 2⁻⁸ + 2⁻⁹."""
 
 
 class Nearest(NamedTuple):
-    """The nearest other row of some rows."""
+    """The nearest other row of each of some rows."""
 
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  (a tuple's method, not used)
     cosine: Tensor
 
 
 def nearest_in_tiles(unit_FD: Tensor, dtype: torch.dtype | None = None) -> Nearest:
-    """The nearest other row of every unit row by cosine, exactly; the lowest index among equals.
+    """The exact nearest other row of every unit row by cosine; ties go to the lowest index.
 
-    Tiles of the upper triangle, each read along its rows and along its columns. `dtype` is of the products that
-    choose the candidates; None takes the fastest here.
+    Only tiles of the upper triangle are computed; each is searched along its rows and along its columns. `dtype` is
+    that of the products that select candidates; None: the fastest on this device.
     """
     low_FD = unit_FD.to(dtype or quick_dtype(unit_FD.device))
     contest = _Contest(unit_FD, _SLACK[low_FD.dtype])
@@ -52,14 +53,15 @@ def nearest_in_tiles(unit_FD: Tensor, dtype: torch.dtype | None = None) -> Neare
 def nearest_of_slice(
     rows_FD: Tensor, inverse_F: Tensor, start: int, stop: int, dtype: torch.dtype, most: int
 ) -> tuple[Nearest, Tensor]:
-    """The nearest other row of rows `start` to `stop`, and the indices of the `most` nearest `[R, most]`.
+    """The nearest other row of rows `start` to `stop`, and the indices of their `most` nearest rows `[R, most]`.
 
-    Rows are of any norm, whose inverses `inverse_F` are. Those are found by a product in `dtype`, and the nearest among
-    them in full precision: it is the nearest of all unless more than `most` rows are within rounding of it.
+    Rows may have any norm; `inverse_F` are the inverse norms. The `most` nearest are found by a product in `dtype`, and
+    the nearest of them in full precision. It is the true nearest unless more than `most` rows are equally near up to
+    rounding.
     """
     low_FD = rows_FD.to(dtype)
-    # A row's own norm does not change who is nearest to it; the others' are divided out after the product.
-    # All rows times few is twice as fast on a CPU as few times all.
+    # A row's own norm does not affect which row is nearest to it; the other norms are divided out after the product.
+    # On a CPU, multiplying all rows by a few is twice as fast as a few by all.
     tile_FR = (low_FD @ low_FD[start:stop].T).mul_(inverse_F.to(dtype)[:, None])
     tile_FR[start:stop].fill_diagonal_(-torch.inf)
     near_RM = tile_FR.T.contiguous().topk(min(most, len(rows_FD) - 1), dim=1).indices
@@ -71,7 +73,7 @@ def nearest_of_slice(
 
 
 class _Contest:
-    """Which other of the unit rows is nearest to each, given tiles of approximate cosines."""
+    """Finds the nearest other row of each unit row from tiles of approximate cosines."""
 
     def __init__(self, unit_FD: Tensor, slack: float) -> None:
         self.unit_FD, self.slack = unit_FD, slack
@@ -79,7 +81,7 @@ class _Contest:
         self.entries: list[Entries] = []
 
     def offer(self, tile: Tensor, first_own: int, first_row: int, dim: int) -> None:
-        """Candidates along `dim` of a tile; with dim 0 its columns are the contest's own rows."""
+        """Collect candidates along `dim` of a tile: dim 1 finds neighbours of its rows, dim 0 those of its columns."""
         lines = slice(first_own, first_own + tile.shape[1 - dim])
         self.peak_F[lines] = torch.maximum(self.peak_F[lines], tile.amax(dim).float())
         found = entries_above(tile, self.peak_F[lines] - self.slack, dim)
@@ -89,16 +91,16 @@ class _Contest:
         self.entries.append(Entries(found.values, line + first_own, other + first_row))
 
     def _best_of(self, tile: Tensor, lines: slice, first_row: int, dim: int) -> Entries:
-        """The tile's nearest of each line in full precision: for lines with very many about as near."""
+        """The nearest row of each line of the tile in full precision, for tiles with many nearly equal candidates."""
         rows = slice(first_row, first_row + tile.shape[dim])
         exact = self.unit_FD[lines] @ self.unit_FD[rows].T
         best = exact.masked_fill_((tile if dim == 1 else tile.T).isneginf(), -torch.inf).max(1)
         line = torch.arange(len(exact), device=exact.device)
-        values = best.values + self.slack  # survives every later comparison with approximate peaks
+        values = best.values + self.slack  # so that no later comparison with approximate peaks drops it
         return Entries(values, *((line, best.indices) if dim == 1 else (best.indices, line)))
 
     def settle(self) -> Nearest:
-        """Compare those within the slack of the best in full precision."""
+        """Compare the candidates within the slack of the best in full precision."""
         values, line, other = (torch.cat(parts) for parts in zip(*self.entries, strict=True))
         close_P = values >= self.peak_F[line] - self.slack
         line_P, order_P = line[close_P].sort()

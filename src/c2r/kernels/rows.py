@@ -1,6 +1,6 @@
-"""Products of chosen rows: weighted sums of rows, and dot products of pairs of rows, without an N×D tensor.
+"""Products of selected rows: weighted sums of rows, and dot products of pairs of rows, without an N×D tensor.
 
-R, F rows of the two matrices · D their width · N pairs, sorted by their first row.
+R, F rows of the two matrices · D their width · N pairs, sorted by their first row · n pairs of a piece.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _PIECE = 1024
-"""Rows of a piece of a sum over all."""
+"""Rows per piece in `weighted_sum`."""
 
 _PAIRS = 2**25
-"""Most pairs of one call of the kernel of embedding_bag, which on a GPU counts 32 threads a pair in 32 bits."""
+"""Largest number of pairs per embedding_bag call: on a GPU it uses 32 threads per pair and counts them in 32 bits."""
 
 
 def row_starts(sorted_N: Tensor, size: int) -> Tensor:
-    """Where each of `size` rows starts among entries sorted by row, `[size + 1]`."""
+    """Index of the first entry of each of `size` rows in entries sorted by row, and their total, `[size + 1]`."""
     return torch.searchsorted(sorted_N, torch.arange(size + 1, device=sorted_N.device))
 
 
 def gather_sum(source: Tensor, index_N: Tensor, starts: Tensor, weight_N: Tensor) -> Tensor:
-    """Row r is Σ weight_n · source[index_n] over the n from starts[r] to starts[r + 1]."""
+    """Weighted sums of rows: row r is Σ weight_n · source[index_n] over n from starts[r] to starts[r + 1]."""
     return F.embedding_bag(index_N, source, starts, mode="sum", per_sample_weights=weight_N, include_last_offset=True)
 
 
 def row_dots(rows_RD: Tensor, source_FD: Tensor, index_N: Tensor, starts: Tensor) -> Tensor:
-    """Row r · source[index_n] for the n from starts[r] to starts[r + 1], `[N]`; no N×D tensor is made."""
+    """Dot products rows[r] · source[index_n] for n from starts[r] to starts[r + 1], `[N]`, without an N×D tensor."""
     if rows_RD.device.type != "cpu" or rows_RD.dtype not in (torch.float32, torch.float64):
         return _row_dots_by_embedding_bag(rows_RD, source_FD, index_N, starts)
     _quieten_csr()
@@ -40,7 +40,7 @@ def row_dots(rows_RD: Tensor, source_FD: Tensor, index_N: Tensor, starts: Tensor
 
 
 def _row_dots_by_embedding_bag(rows_RD: Tensor, source_FD: Tensor, index_N: Tensor, starts: Tensor) -> Tensor:
-    """By the gradient of a weighted sum of rows in its weights, without the sum itself: for GPUs and half precision."""
+    """The same for GPUs and half precision, computed as the gradient of a weighted sum of rows in its weights."""
     row_R = torch.arange(len(rows_RD), device=starts.device)
     row_N = row_R.repeat_interleave(starts.diff(), output_size=len(index_N))
     backward, bags = torch.ops.aten._embedding_bag_per_sample_weights_backward, row_N.new_zeros(0)
@@ -52,14 +52,14 @@ def _row_dots_by_embedding_bag(rows_RD: Tensor, source_FD: Tensor, index_N: Tens
 
 @cache
 def _quieten_csr() -> None:
-    """Have PyTorch say now, unheard, what it says of the first CSR tensor of a process."""
+    """Trigger PyTorch's one-time warning about CSR tensors here, suppressed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
 
 def weighted_sum(rows_FD: Tensor, weight_F: Tensor) -> Tensor:
-    """Σ weight_i · row_i, `[D]`. On a CPU in pieces, for a product with one row keeps to one core."""
+    """Σ weight_i · row_i, `[D]`. In pieces on a CPU, where a product with a single row would use only one core."""
     if rows_FD.device.type != "cpu":
         return weight_F @ rows_FD
     width = len(rows_FD)

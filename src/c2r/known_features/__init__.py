@@ -1,1 +1,1 @@
-"""Activations made of known features, on which absorption and splitting can be counted."""
+"""Synthetic activations made of known features, on which absorption and splitting can be measured exactly."""

@@ -1,10 +1,10 @@
-"""Activations with known features: sparse sums of unit directions, with parents, exclusive children and strangers.
+"""Synthetic activations: sparse sums of known features, some of them parents with mutually exclusive children.
 
-x = Σ_g z_g·u_g + bias + noise with z ≥ 0 known, so that what an SAE should find is known. Modelled on SynthSAEBench
-(arXiv 2602.14687). `data/features.py` makes the features of a preset. Nothing here is of size B×G: a feature that is
-on in a batch is an event, and all work is on events.
+x = Σ_g z_g·u_g + bias + noise with known z ≥ 0 and unit directions u, so that it is known what an SAE should find.
+Modelled on SynthSAEBench (arXiv 2602.14687). `known_features/presets.py` makes the features of a preset. No tensor of
+size B×G is made: sampling works on events, a feature being on in a token.
 
-B tokens in a batch · D width of the activations · G features · N events of a batch · C children · R roots.
+B tokens in a batch · D width of the activations · G features · N events of a batch · C children · R roots · M topics.
 """
 
 from __future__ import annotations
@@ -27,39 +27,40 @@ class Sample(NamedTuple):
 
     x_BD: Tensor
     codes: Codes
-    """Which features are on, and how strongly."""
+    """Which features are on, and their magnitudes."""
 
     @property
     def z_BG(self) -> Tensor:
-        """The codes, dense."""
+        """Dense codes."""
         return to_dense(self.codes)
 
 
 @dataclass(frozen=True, eq=False)
 class KnownFeatures:
-    """G features: their directions, and how they fire.
+    """G features: their directions, and the distribution of their activations.
 
-    A root (parent −1) is on with its `probability`, independently of other roots unless they have topics. Where a
-    feature with children is on, each child is with its `probability`, and never two of them. Where a root is off, its
-    children are with `alone`, and never two of them. Parents stand before their children.
+    A root (parent −1) is on with its `probability_G`, independently of other roots unless there are topics. If a
+    feature with children is on, at most one of its children is on, each with its `probability_G`. If a root is off, at
+    most one of its children is on, each with its `alone_G`. Parents have lower indices than their children.
 
     Arguments:
         directions_GD: unit rows.
-        parent_G: the parent's number, or −1.
-        probability_G: P(on); of children, given that the parent is on.
-        alone_G: P(on) of a root's children, given that the root is off; None: never.
-        magnitudes: a feature that is on has a magnitude uniform between these.
+        parent_G: index of the parent, or −1.
+        probability_G: P(on); for children, conditional on the parent being on.
+        alone_G: P(on) of a root's children, conditional on the root being off; None: 0.
+        magnitudes: the magnitude of a feature that is on is uniformly distributed between these.
         scale_by_parent: whether a child's magnitude is multiplied by its parent's.
-        bias_D: added to all activations; None: nothing.
+        bias_D: vector added to all activations; None: none.
         noise: standard deviation of Gaussian noise added to each coordinate.
-        topics: each token has one of so many, equally likely; the n-th root belongs to topic n mod `topics`.
-        topic_strength: c; a root is on 1 + c·(topics − 1) times as often in its own topic, 1 − c times as often
-            elsewhere, so that roots of one topic fire together with P·P'·(1 + c²·(topics − 1)), others with
-            P·P'·(1 − c²).
+        topics: number of topics. Each token has one, with equal probabilities; the n-th root belongs to topic n mod
+            `topics`.
+        topic_strength: c; a root is on 1 + c·(topics − 1) times as often in tokens of its own topic, and 1 − c times as
+            often elsewhere. Roots of the same topic are on together with probability P·P'·(1 + c²·(topics − 1)), roots
+            of different topics with P·P'·(1 − c²).
 
     Raises:
-        ValueError: shapes that do not fit, directions not of unit norm, children before their parents, probabilities
-            out of range, or of siblings above 1 together.
+        ValueError: shapes do not match, directions do not have unit norm, a child precedes its parent, or probabilities
+            are out of range or, summed over siblings, above 1.
     """
 
     directions_GD: Tensor
@@ -77,34 +78,36 @@ class KnownFeatures:
         for name in ("parent_G", "probability_G", "alone_G"):
             values_G = getattr(self, name)
             if values_G is not None and values_G.shape != (self.features,):
-                raise ValueError(f"{name}: got {list(values_G.shape)}; expected one value a feature, [{self.features}]")
+                raise ValueError(
+                    f"{name}: got {list(values_G.shape)}; expected one value per feature, [{self.features}]"
+                )
         norm_G = self.directions_GD.norm(dim=1)
         if not torch.allclose(norm_G, torch.ones_like(norm_G), atol=1e-4):
             raise ValueError(f"directions_GD: got norms {norm_G.min():.4f} to {norm_G.max():.4f}; expected unit rows")
         if bool((self.parent_G >= torch.arange(self.features)).any()) or int(self.parent_G.min()) < -1:
-            raise ValueError("parent_G: expected of each feature an earlier one, or −1 for none")
+            raise ValueError("parent_G: expected the index of an earlier feature, or −1, for each feature")
         most = self.probability_G[self.roots].max().item() * (1 + self.topic_strength * (self.topics - 1))
         if most >= 1:
-            raise ValueError(f"probability_G: got {most:.4f} for a root in its own topic; accepted is less than 1")
+            raise ValueError(f"probability_G: got {most:.4f} for a root in its own topic; accepted are values < 1")
         for name, values_G in (("probability_G", self.probability_G), ("alone_G", self._alone_G)):
             together_G = torch.zeros(self.features).index_add(0, self.parent_G[self._born], values_G[self._born])
             if bool((values_G < 0).any()) or together_G.max() > 1 + 1e-6:
                 raise ValueError(
-                    f"{name}: got values from {values_G.min():.4f}, siblings up to {together_G.max():.4f} together; "
-                    "accepted are values ≥ 0, siblings up to 1 together"
+                    f"{name}: got a minimum of {values_G.min():.4f} and a sum over siblings of {together_G.max():.4f}; "
+                    "accepted are values ≥ 0 with a sum over siblings ≤ 1"
                 )
         of_roots_G = (self.parent_G >= 0) & (self.parent_G[self.parent_G] < 0)
         if bool((self._alone_G[~of_roots_G] > 0).any()):
-            raise ValueError("alone_G: got a value above 0 for a feature that is no root's child")
+            raise ValueError("alone_G: got a value > 0 for a feature that is not the child of a root; accepted is 0")
 
     @property
     def features(self) -> int:
-        """G."""
+        """G, the number of features."""
         return len(self.directions_GD)
 
     @property
     def d_in(self) -> int:
-        """D."""
+        """D, the width of the activations."""
         return self.directions_GD.shape[1]
 
     @cached_property
@@ -128,11 +131,11 @@ class KnownFeatures:
 
     @property
     def mean_l0(self) -> float:
-        """Expected number of features on at once."""
+        """Expected number of features that are on in a token."""
         return self.firing_G.sum().item()
 
     def sample(self, batch: int, generator: torch.Generator) -> Sample:
-        """`batch` independent activations, on the CPU."""
+        """Sample `batch` independent activations, on the CPU."""
         keys_N = self._roots_on(batch, generator)
         z_N = self._magnitudes(len(keys_N), generator)
         keys, z = [keys_N], [z_N]
@@ -157,23 +160,23 @@ class KnownFeatures:
         return Sample(x_BD, codes)
 
     def held_out(self, tokens: int, seed: int = 0, batch: int = 2048) -> Iterator[Sample]:
-        """`tokens` activations to evaluate on, in batches; no stream of a seed below a million serves the same."""
+        """`tokens` activations for evaluation, in batches; they differ from streams with seeds below a million."""
         generator = torch.Generator().manual_seed(_HELD_OUT_SEED + seed)
         for start in range(0, tokens, batch):
             yield self.sample(min(batch, tokens - start), generator)
 
     def _roots_on(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Which roots are on where, as token·G + feature, ascending.
+        """The events of roots as keys token·G + feature, ascending.
 
-        Events of rate −ln(1 − p) a token, of which one or more happen with probability p: so many for each root,
-        each at a random token, and equal ones count once.
+        For each root, a Poisson process with rate −ln(1 − p) per token is sampled, which has one or more events in a
+        token with probability p; duplicates are merged.
         """
         c, p_R = self.topic_strength, self.probability_G[self.roots].double()
         rate_R = -torch.log1p(-p_R * (1 - c))
         count_R = torch.poisson(rate_R * batch, generator).long()
         tokens_N = torch.randint(batch, (int(count_R.sum()),), generator=generator)
         keys_N = tokens_N * self.features + self.roots.repeat_interleave(count_R)
-        if c > 0 and self.topics > 1:  # what a root lacks in its own topic, among the tokens of that topic
+        if c > 0 and self.topics > 1:  # a root's additional events in tokens of its own topic
             place_B = torch.randperm(batch, generator=generator)
             size_M = torch.bincount(torch.randint(self.topics, (batch,), generator=generator), minlength=self.topics)
             topic_R = torch.arange(len(p_R)) % self.topics
@@ -186,7 +189,7 @@ class KnownFeatures:
         return keys_N.unique()
 
     def _off(self, keys_N: Tensor, batch: int) -> Tensor:
-        """Where the roots whose children may be on alone are off."""
+        """Keys of the tokens and roots for which a root whose children may be on alone is off."""
         every_N = (torch.arange(batch)[:, None] * self.features + self._without_parent.rows).flatten()
         return every_N[~torch.isin(every_N, keys_N, assume_unique=True)]
 
@@ -205,7 +208,7 @@ class KnownFeatures:
 
     @cached_property
     def _levels(self) -> list[Tensor]:
-        """Features by depth, roots left out."""
+        """Features by depth, without the roots."""
         levels, above_G = [], self.parent_G < 0
         while bool((below_G := (self.parent_G >= 0) & above_G[self.parent_G]).any()):
             levels.append(below_G.nonzero().squeeze(1))
@@ -222,9 +225,9 @@ class KnownFeatures:
 
 
 class _Choice:
-    """At most one child of each parent, child c with `probability_G[c]`; children of probability 0 are left out.
+    """Chooses at most one child of each parent, child c with `probability_G[c]`; children of probability 0 are omitted.
 
-    Each parent has a row, and each child an interval of length `probability_G[c]` in [row, row + 1).
+    Each parent has a row, and each of its children an interval of length `probability_G[c]` in [row, row + 1).
     """
 
     def __init__(self, parent_G: Tensor, probability_G: Tensor) -> None:
@@ -240,7 +243,7 @@ class _Choice:
         self.end_C = self.row_C + within_C.clamp(max=1)
 
     def choose(self, keys_N: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Which of the features that are on (token·G + feature) have a child on too, and the children's keys."""
+        """Indices of the events `keys_N` (token·G + feature) that get a child, and the keys of these children."""
         features = len(self.row_G)
         row_N = self.row_G[keys_N % features]
         at_N = row_N + torch.rand(len(keys_N), generator=generator, dtype=torch.double)

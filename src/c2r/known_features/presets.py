@@ -1,4 +1,4 @@
-"""The known features of a preset: their directions, parents and probabilities.
+"""The known features of each preset: directions, parents and probabilities.
 
 D width of the activations · G features.
 """
@@ -15,16 +15,16 @@ from c2r.config.known_features import OverMergeTrapConfig, PairConfig, RotationT
 from c2r.known_features.generator import KnownFeatures
 
 LARGEST = 8192
-"""More features than this, and more than D, are not pressed apart: it takes G² numbers."""
+"""If there are more features than this and than D, overlaps cannot be minimised: it takes memory for G² numbers."""
 _APART = 3_000_017
-"""An SAE of the same seed and width draws its first rows as directions are drawn here: it would begin at the truth."""
+"""Added to seeds: an SAE with the same seed and width would otherwise be initialised with the true directions."""
 
 
 def known_features(config: SyntheticConfig) -> KnownFeatures:
-    """The features of a preset. Numbered: those in question first (parents, then children level by level), then others.
+    """The features of a preset, in this order: parents, their children level by level, background features.
 
     Raises:
-        ValueError: too many features to press apart, or probabilities that do not fit together.
+        ValueError: there are too many features to minimise their overlaps, or the probabilities are inconsistent.
     """
     parents, probabilities, alone = _plan(config)
     directions_GD = unit_directions(len(parents), config.d_in, config.feature_seed, orthogonal=config.orthogonal)
@@ -46,10 +46,10 @@ def known_features(config: SyntheticConfig) -> KnownFeatures:
 
 
 def unit_directions(features: int, d_in: int, seed: int, *, orthogonal: bool = True) -> Tensor:
-    """Random unit rows `[G, D]`; with `orthogonal` exactly so where G ≤ D, else of least summed squared overlap.
+    """Random unit rows `[G, D]`; with `orthogonal`, orthogonal if G ≤ D, else with minimised sum of squared overlaps.
 
     Raises:
-        ValueError: more than `LARGEST` features to press apart.
+        ValueError: `orthogonal` with more than `LARGEST` features, and G > D.
     """
     generator = torch.Generator().manual_seed(_APART + seed)
     rows_GD = F.normalize(torch.randn(features, d_in, generator=generator))
@@ -59,19 +59,19 @@ def unit_directions(features: int, d_in: int, seed: int, *, orthogonal: bool = T
         return torch.linalg.qr(rows_GD.T).Q.T.contiguous()
     if features > LARGEST:
         raise ValueError(
-            f"data.orthogonal: got true for {features} features in {d_in} dimensions; more than {LARGEST} that do not "
-            "fit are not pressed apart: set orthogonal: false"
+            f"data.orthogonal: got true for {features} features in {d_in} dimensions; accepted are at most {LARGEST} "
+            "features, unless there are as many dimensions; otherwise set it to false"
         )
-    for _ in range(100):  # steps against the squared overlaps; random directions overlap by 1/√D at first
+    for _ in range(100):  # gradient steps on the sum of squared overlaps; random directions overlap by about 1/√D
         overlaps_GG = (rows_GD @ rows_GD.T).fill_diagonal_(0)
-        # A longer step would turn the rows past what they have most in common, until they were one direction.
+        # With longer steps, rows would overshoot along their dominant common direction and collapse onto it.
         step = min(0.2, 0.5 / torch.linalg.eigvalsh(rows_GD.T @ rows_GD)[-1].item())
         rows_GD = F.normalize(rows_GD - step * overlaps_GG @ rows_GD)
     return rows_GD
 
 
 def with_cosine(directions_GD: Tensor, pairs: int, cosine: float) -> Tensor:
-    """The second of each of the first `pairs` pairs of rows (0 and 1, 2 and 3, …) turned to `cosine` with the first."""
+    """A copy with the second row of each of the first `pairs` pairs (0 and 1, 2 and 3, …) rotated to this cosine."""
     turned_GD = directions_GD.clone()
     first, second = directions_GD[0 : 2 * pairs : 2], directions_GD[1 : 2 * pairs : 2]
     across = F.normalize(second - (second * first).sum(1, keepdim=True) * first)
@@ -81,11 +81,11 @@ def with_cosine(directions_GD: Tensor, pairs: int, cosine: float) -> Tensor:
 
 class _Plan(NamedTuple):
     parents: list[int]
-    """Of each feature; −1: none."""
+    """Index of each feature's parent; −1: none."""
     probabilities: list[float]
-    """P(on), of children given that the parent is on."""
+    """P(on); for children, conditional on the parent being on."""
     alone: list[float]
-    """P(on) of children given that the parent is off."""
+    """P(on) of children, conditional on the parent being off."""
 
 
 def _plan(config: SyntheticConfig) -> _Plan:
@@ -100,7 +100,7 @@ def _plan(config: SyntheticConfig) -> _Plan:
         count = 2 * config.pairs
         parents, probabilities, alone = [-1] * count, [config.pair_probability] * count, [0.0] * count
     else:
-        raise TypeError(f"no features for {type(config).__name__}")
+        raise TypeError(f"unknown preset: {type(config).__name__}")
     others = config.background
     return _Plan(
         parents + [-1] * others, probabilities + [config.background_probability] * others, alone + [0.0] * others

@@ -1,6 +1,6 @@
 """Batches of activations made of known features.
 
-B tokens in a batch · D width of the activations.
+B tokens in a batch · D width of the activations · N tokens of a block.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from c2r.known_features.generator import KnownFeatures
 _CALIBRATION_SEED, _BLOCK = 2_000_003, 8192
 
 KNOWN = ModelConfig().point
-"""What known features' activations are served under; they have no hook point."""
+"""Key under which batches of synthetic activations are returned, since they have no hook point."""
 
 
 class SyntheticStream:
     """Batches of known features' activations, divided by `scale` = √(mean ‖x‖²), which is measured once.
 
-    The same face as `ActivationStream`; nothing is dropped. What is served depends on the seed and not on the size of
-    batches.
+    It has the interface of `ActivationStream`; no token is dropped. The sequence of activations depends on the seed but
+    not on the batch size.
 
     Arguments:
-        features: what to draw from.
-        seed: of what is drawn.
-        device: where batches are delivered.
+        features: the features from which activations are sampled.
+        seed: seed of the samples.
+        device: device of the returned batches.
     """
 
     def __init__(self, features: KnownFeatures, *, seed: int = 0, device: str | torch.device = "cpu") -> None:
@@ -40,13 +40,13 @@ class SyntheticStream:
         norms_N = features.sample(CALIBRATION_TOKENS, torch.Generator().manual_seed(_CALIBRATION_SEED)).x_BD.norm(dim=1)
         scale = norms_N.square().mean().sqrt().item()
         if not 0 < scale < float("inf"):
-            raise ValueError(f"data: the activations have mean square norm {scale}; nothing to scale")
+            raise ValueError(f"data: the activations have root mean square norm {scale}; expected a finite number > 0")
         self.scale, self.median_norm = {KNOWN: scale}, {KNOWN: norms_N.median().item()}
         self.look: Mapping[HookPoint, dict[str, Any]] = {}
         self._draw(0)
 
     def batches(self, batch: int, tokens: int) -> Iterator[dict[HookPoint, Tensor]]:
-        """`tokens` activations in batches `[B, D]`; the last may be short."""
+        """`tokens` activations in batches `[B, D]`; the last one may be smaller."""
         while tokens > 0:
             size, pieces = min(batch, tokens), []
             tokens -= size
@@ -59,16 +59,16 @@ class SyntheticStream:
             yield {KNOWN: torch.cat(pieces).to(self.device)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator as it was before the block that is being served, and how much of that is."""
+        """State of the generator before the current block, and how many tokens of the block were returned."""
         return {"generator": self._before, "served": self._served}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state: the next batch is the one that would have followed it, bit for bit."""
+        """Continue from a state: the next batch is bit-identical to the one that would have followed it."""
         self._generator.set_state(state["generator"])
         self._draw(state["served"])
 
     def close(self) -> None:
-        """Nothing runs that would have to end."""
+        """Do nothing, since there are no background tasks to stop."""
 
     def _draw(self, served: int) -> None:
         self._before, self._served = self._generator.get_state(), served

@@ -1,1 +1,1 @@
-"""Tables and pages made of result files."""
+"""Tables and HTML pages made from result files."""

@@ -1,4 +1,4 @@
-"""The findings of an audit, from its result file: in the terminal and as one self-contained page."""
+"""The findings of an audit, read from its result file: in the terminal and as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CHARTS = {
 
 
 def print_audit(result: Path, console: Console | None = None) -> None:
-    """Print the findings; a marked one breaks a rule of thumb."""
+    """Print the findings; a `!` marks those that violate a rule of thumb."""
     console = console or Console()
     found = json.loads(result.read_text(encoding="utf-8"))
     console.print(f"\n[bold]{_terminal(found['sae_lens_id'])}[/]  {_terminal(_what(found))}", highlight=False)
@@ -29,14 +29,14 @@ def print_audit(result: Path, console: Console | None = None) -> None:
         mark = "[bold red]![/]" if finding["marked"] else " "
         console.print(f"\n{mark} [bold]{_terminal(finding['topic'])}[/]")
         console.print(f"  {_terminal(finding['says'])}\n  [dim]{_terminal(finding['means'])}[/]", highlight=False)
-    console.print("\n[bold]not looked at[/]")
+    console.print("\n[bold]not examined[/]")
     for line in found["eval_result_unstructured"]["not_looked_at"]:
         console.print(f"  {_terminal(line)}", highlight=False)
     console.print()
 
 
 def write_audit(path: Path, result: Path) -> None:
-    """Write the page: findings, distributions, pairs of neighbours with the text they fire on, what is missing."""
+    """Write the page: findings, distributions, neighbouring latents with the text they fire on, what is not covered."""
     found = json.loads(result.read_text(encoding="utf-8"))
     extra = found["eval_result_unstructured"]
     floor = found["eval_result_metrics"]["audit"]["max_cos_random_floor"]
@@ -47,19 +47,19 @@ def write_audit(path: Path, result: Path) -> None:
     missing = "".join(f"<li>{_page(line)}</li>" for line in extra["not_looked_at"])
     body = (
         f"<p>{_page(_what(found))}</p>{rows}{charts}"
-        f"<h2>Nearest neighbours to read</h2><p><small>i and j: a latent and the one nearest to it. The highest by "
-        f"cosine and by φ; text around the tokens on which each fires most.</small></p>"
+        f"<h2>Nearest neighbours to read</h2><p><small>j is the nearest neighbour of latent i. Shown: pairs with the "
+        f"highest cosine and the highest φ, and text around the tokens on which each latent is strongest.</small></p>"
         f"{''.join(_pair(pair) for pair in extra['pairs']) or '<p>none</p>'}"
-        f"<h2>Not looked at</h2><ul>{missing}</ul>"
+        f"<h2>Not examined</h2><ul>{missing}</ul>"
     )
     path.write_text(PAGE.format(title=_page(f"c2r audit: {found['sae_lens_id']}"), body=body), encoding="utf-8")
 
 
 def _what(found: dict[str, Any]) -> str:
-    """The SAE and the text, in a line."""
+    """The SAE and the text, on one line."""
     sae, config = found["sae_cfg_dict"], found["eval_config"]
     model, text = config["model"], config["data"]
-    held_out = ", its held-out part" if config["held_out"] else ""
+    held_out = " (held-out part)" if config["held_out"] else ""
     return (
         f"{sae['architecture']}, {sae['d_sae']:,} latents on {model['name']}, block {model['layer']} {model['hook']}; "
         f"text: {text['path'] or text['source']}{held_out}{_unfinished(found)}"
@@ -67,7 +67,7 @@ def _what(found: dict[str, Any]) -> str:
 
 
 def _unfinished(found: dict[str, Any]) -> str:
-    """That training was cut short, where it was."""
+    """A warning if training was stopped early, else empty."""
     summary = found["eval_result_unstructured"].get("summary", {})
     seen, wanted = (summary.get(key) for key in ("trained_tokens", "train_tokens"))
     return "" if seen is None else f"; UNFINISHED: it was trained on {seen:,} of {wanted:,} tokens"
@@ -93,32 +93,32 @@ def _pair(pair: dict[str, Any]) -> str:
     for name, found in zip("ij", pair["snippets"], strict=True):
         for snippet in found:
             before, token, after = (_page(_visible(snippet[key])) for key in ("before", "token", "after"))
-            # Isolated, so that text that runs from right to left turns nothing around it.
+            # <bdi>: right-to-left text does not change the order of what surrounds it.
             code = f"<bdi><code>{before}<b>{token}</b>{after}</code></bdi>"
             texts += f"<br>{name} <small>{snippet['activation']:.2f}</small> {code}"
     return f"<p>{_page(head)}{texts}</p>"
 
 
 def _visible(text: str) -> str:
-    """White space that a page would swallow, as signs."""
+    """Replace white space that HTML would collapse by visible characters."""
     return text.replace("\n", "↵").replace("\t", "→").replace("  ", "··")
 
 
 def _page(text: str) -> str:
-    """Anybody's text for the page."""
+    """Untrusted text, escaped for HTML."""
     return html.escape("".join(map(_sign, text)))
 
 
 def _terminal(text: str) -> str:
-    """Anybody's text for the terminal."""
+    """Untrusted text, escaped for rich."""
     return escape("".join(map(_sign, text)))
 
 
 def _sign(letter: str) -> str:
-    """The letter itself, or a sign for a control or format character: it may not be in a page, or turns text around."""
+    """The character, or a visible stand-in for a control or format character: those break HTML or reorder text."""
     code = ord(letter)
     if code < 32 or code == 127:
-        return chr(0x2400 + (code if code < 32 else 33))  # the pictures of control characters
+        return chr(0x2400 + (code if code < 32 else 33))  # Unicode's control pictures
     kind = unicodedata.category(letter)
-    joins = letter in ("\u200c", "\u200d")  # parts of words and of emoji
+    joins = letter in ("\u200c", "\u200d")  # joiners, which words and emoji contain
     return f"⟨U+{code:04X}⟩" if kind in ("Cc", "Cs", "Zl", "Zp") or (kind == "Cf" and not joins) else letter

@@ -1,4 +1,4 @@
-"""One self-contained page of a run: the table, training curves, distributions. Opens offline; draws its own SVG."""
+"""A self-contained HTML page of a run: table, training curves and distributions as inline SVG. Opens offline."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ small {{ color: #666 }} svg text {{ font: 11px system-ui, sans-serif; fill: #555
 def write_report(
     path: Path, metrics_file: Path, evaluations: Path, names: Sequence[str], *, known_features: Path | None = None
 ) -> None:
-    """Write the page from what a run left on disk: `metrics.jsonl` and the evaluations' JSON.
+    """Write the page from a run's files: `metrics.jsonl` and the JSON files of its evaluations.
 
-    `known_features` is the demo's `known_features.json`, which becomes a second table.
+    `known_features` is the demo's `known_features.json`; it becomes a second table.
     """
     rows = summary_of_files(evaluations, names)
     curves = _curves(metrics_file, names)
@@ -58,7 +58,7 @@ def write_report(
 
 
 def line_chart(caption: str, x_label: str, series: dict[str, Points]) -> str:
-    """Lines over a shared axis, as inline SVG."""
+    """A line chart with shared axes, as inline SVG."""
     xs = [x for points in series.values() for x, _ in points] or [0.0, 1.0]
     ys = [y for points in series.values() for _, y in points] or [0.0, 1.0]
     box = (0.0, max(xs), min(0.0, *ys), max(ys) or 1.0)
@@ -67,7 +67,7 @@ def line_chart(caption: str, x_label: str, series: dict[str, Points]) -> str:
 
 
 def step_chart(caption: str, series: dict[str, dict[str, Any]], mark: float | None = None) -> str:
-    """Histograms as outlines over a shared axis, as inline SVG; `mark` is a dashed vertical."""
+    """Histograms drawn as outlines on shared axes, as inline SVG; `mark` is the position of a dashed vertical line."""
     first = next(iter(series.values()))
     top = max((max(h["counts"]) for h in series.values()), default=1) or 1
     box = (first["low"], first["high"], 0.0, float(top))

@@ -1,4 +1,4 @@
-"""The table at the end of an evaluation: a column an SAE, and the change from the first."""
+"""The table at the end of an evaluation: one column per SAE and, for two SAEs, the change."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from c2r.intervals import paired_interval_95
 
 NONE = "–"
 Results = Mapping[str, Mapping[str, float | None]]
-"""What the table shows of each SAE, by name."""
+"""Figures of the table, by SAE and by key."""
 
 
 _BY_SEED = "absorption_fraction_seed_"
 
 
 class Row(NamedTuple):
-    """One figure of the table."""
+    """One row of the table."""
 
     key: str
-    """Its name in summary.json."""
+    """Key of the figure in summary.json."""
     label: str
     form: str
     upper: str | None = None
-    """Where the row is an interval: the name of its upper end, `key` being its lower."""
+    """For an interval: key of its upper end; `key` is the lower end."""
 
 
 ROWS = (
@@ -44,8 +44,8 @@ ROWS = (
     ),
     Row("full_absorption", "full absorption, first letters †", ".4f"),
     Row("split_features", "latents per first letter †", ".2f"),
-    Row("letters", "letters that pass the probe's gate, of 26", ".0f"),
-    Row("true_l0", "known features on at once", ".2f"),
+    Row("letters", "letters with a good enough probe, of 26", ".0f"),
+    Row("true_l0", "known features active per token", ".2f"),
     Row("known_absorption", "absorption of known parents", ".3f"),
     Row("hole", "recall of parents lost when a child is on", ".3f"),
     Row("latents_per_parent", "latents per known parent", ".2f"),
@@ -55,11 +55,11 @@ ROWS = (
     Row("feature_f1", "F1 of latents as detectors", ".3f"),
     Row("pw_mcc", "PW-MCC with other seeds", ".3f"),
     Row("pw_mcc_random", "PW-MCC of random dictionaries", ".3f"),
-    Row("autointerp", "autointerp (share of windows judged right)", ".3f"),
-    Row("autointerp_balanced", "autointerp, balanced (0.5 is chance)", ".3f"),
-    Row("probe_dense", "probes on x, accuracy", ".3f"),
-    Row("probe_top_1", "probes on 1 latent, accuracy", ".3f"),
-    Row("probe_top_5", "probes on 5 latents, accuracy", ".3f"),
+    Row("autointerp", "autointerp (share of windows judged correctly)", ".3f"),
+    Row("autointerp_balanced", "autointerp, balanced accuracy (chance: 0.5)", ".3f"),
+    Row("probe_dense", "accuracy of probes on activations x", ".3f"),
+    Row("probe_top_1", "accuracy of probes on 1 latent", ".3f"),
+    Row("probe_top_5", "accuracy of probes on 5 latents", ".3f"),
     Row("saebench_ravel", "RAVEL, disentanglement (sae-bench)", ".3f"),
     Row("saebench_tpp", "TPP, 20 latents (sae-bench; unreliable, arXiv 2605.18229)", ".3f"),
     Row("saebench_scr", "SCR, 20 latents (sae-bench; unreliable, arXiv 2605.18229)", ".3f"),
@@ -78,38 +78,38 @@ ROWS = (
 )
 NOTE = (
     "* C²R moves this by construction, so it is no evidence that C²R works: pushing decoder rows apart lowers the "
-    "cosine of nearest neighbours, with it their co-firing (pairs that are further apart fire together less), and what "
-    "rows share, which is all that a meta-SAE can explain."
+    "cosine of nearest neighbours, their co-firing (pairs that are further apart fire together less often), and what "
+    "rows have in common, which is all that a meta-SAE can explain."
 )
 FLOOR_NOTE = (
-    "As many random directions as there are alive latents, F, have a nearest-neighbour cosine of about {floor} "
+    "F random directions, F being the number of alive latents, have a nearest-neighbour cosine of about {floor} "
     "(√(2 ln F / D))."
 )
 MATCHED_NOTE = (
     "§ In each SAE, the pairs of latents whose cosine is nearest to {cosine:.3f}, the lowest mean nearest-neighbour "
-    "cosine among these SAEs: a difference here is not one of how far apart the pairs are."
+    "cosine among these SAEs. Differences here are therefore not caused by different distances between the latents."
 )
 ABSORPTION_NOTE = (
-    "† a dash: not evaluable, the result file says why. An undertrained SAE scores deceptively low: read it beside EV, "
-    "L0 and alive latents. The interval is over evaluation seeds and not over SAEs."
+    "† A dash means that the metric cannot be evaluated; the result file says why. Undertrained SAEs score deceptively "
+    "low: compare EV, L0 and alive latents too. The interval is over evaluation seeds, not over SAEs."
 )
 DOMAIN_NOTE = (
-    "† in {names}: SAEBench does not recommend this metric for language models under 1 billion parameters nor for SAEs "
-    "under 16k latents, so the figure speaks neither for nor against a method there."
+    "† for {names}: SAEBench does not recommend this metric for language models under 1 billion parameters or for SAEs "
+    "under 16k latents, so the figure is evidence neither for nor against a method there."
 )
 KNOWN_NOTE = (
-    "Synthetic activations whose features are known (docs/reference/metrics.md). Absorption: of the tokens with a "
-    "parent and a child of it on, the share on which the parent's own latent is silent and another latent supplies it."
+    "Synthetic activations whose features are known (docs/reference/metrics.md). Absorption: the share of tokens with "
+    "an active parent and an active child on which the parent's latent is silent and another latent represents it."
 )
 
 
 def summary(results: Results) -> list[dict[str, Any]]:
-    """One object an SAE, as `summary.json` holds them."""
+    """The content of `summary.json`: one object per SAE."""
     return [{"name": name, **figures} for name, figures in results.items()]
 
 
 def summary_of_files(evaluations: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The same from the result files of evaluations; those that were moved to `earlier/` do not count."""
+    """The same, read from result files; those that were moved to `earlier/` are ignored."""
     rows = [{"name": name} for name in names]
     for row in rows:
         for path in sorted(evaluations.glob(f"{row['name']}_*.json")):
@@ -120,17 +120,17 @@ def summary_of_files(evaluations: Path, names: Sequence[str]) -> list[dict[str, 
 
 
 def shown(rows: list[dict[str, Any]]) -> list[Row]:
-    """The figures of the table that some SAE has."""
+    """Rows for which at least one SAE has a figure."""
     return [figure for figure in ROWS if any(figure.key in row for row in rows)]
 
 
 def number(value: float | None, form: str) -> str:
-    """A cell; a dash where there is no figure."""
+    """The formatted value; a dash if there is none."""
     return NONE if value is None or not math.isfinite(value) else format(value, form)
 
 
 def cell(row: dict[str, Any], figure: Row) -> str:
-    """What the table shows of one SAE."""
+    """The text of one cell."""
     shown = number(row.get(figure.key), figure.form)
     if figure.upper is None or shown == NONE:
         return shown
@@ -138,7 +138,7 @@ def cell(row: dict[str, Any], figure: Row) -> str:
 
 
 def notes(rows: list[dict[str, Any]]) -> list[str]:
-    """What has to be said of the figures shown."""
+    """Footnotes of the figures shown."""
     found = _unfinished(rows)
     if any("*" in figure.label for figure in shown(rows)):
         found.append(NOTE)
@@ -156,30 +156,30 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _values(rows: list[dict[str, Any]], key: str) -> list[float]:
-    """The finite ones."""
+    """Finite values of one figure."""
     found = (row.get(key) for row in rows)
     return [value for value in found if value is not None and math.isfinite(value)]
 
 
 def _unfinished(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each SAE whose training was cut short; its column's name is marked."""
+    """A line per SAE whose training was stopped early; the head of its column is marked too."""
     return [
         f"‡ {row['name']} is unfinished: it was trained on {row['trained_tokens']:,.0f} of {row['train_tokens']:,.0f} "
-        "tokens. Compare it with none that saw more."
+        "tokens. Do not compare it with SAEs trained on more."
         for row in rows
         if row.get("trained_tokens") is not None
     ]
 
 
 def heading(row: dict[str, Any]) -> str:
-    """An SAE's name at the head of its column, marked if its training was cut short."""
+    """The head of an SAE's column: its name, marked if training was stopped early."""
     return f"{row['name']} ‡" if row.get("trained_tokens") is not None else row["name"]
 
 
 def _absorption_said(rows: list[dict[str, Any]]) -> list[str]:
-    """In words, whether the last of the SAEs is less absorbed than the first, as far as evaluation seeds can tell.
+    """A sentence on whether the last SAE has less absorption than the first, with an interval over evaluation seeds.
 
-    Both are read with the same words, prompts and probes in each evaluation seed, so they are compared seed by seed.
+    In each evaluation seed both SAEs get the same words, prompts and probes, so the comparison is paired by seed.
     """
     if len(rows) < 2:
         return []
@@ -189,15 +189,15 @@ def _absorption_said(rows: list[dict[str, Any]]) -> list[str]:
     if interval is None:
         return []
     low, high = interval
-    said = "is lower" if high < 0 else "is higher" if low > 0 else "is not shown to differ"
+    said = "lower" if high < 0 else "higher" if low > 0 else "no significant difference"
     return [
-        f"Absorption fraction on the language model, {last['name']} less {first['name']}, seed by seed over "
-        f"{len(seeds)} evaluation seeds: {(low + high) / 2:+.3f} (95 % interval {low:+.3f} to {high:+.3f}); it {said}."
+        f"Absorption fraction on the language model, {last['name']} minus {first['name']}, paired over "
+        f"{len(seeds)} evaluation seeds: {(low + high) / 2:+.3f} (95 % interval {low:+.3f} to {high:+.3f}), {said}."
     ]
 
 
 def print_results(results: Results, console: Console | None = None) -> None:
-    """Print SAEs side by side, with the change from the first to the last where there are two."""
+    """Print the SAEs side by side; with two, also the change from the first to the second."""
     console = console or Console()
     rows = summary(results)
     table = Table(title=None)

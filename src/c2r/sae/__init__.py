@@ -1,1 +1,1 @@
-"""The autoencoder and how each family selects its activations."""
+"""The sparse autoencoder, and how each architecture selects its active latents."""

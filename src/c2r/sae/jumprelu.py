@@ -1,9 +1,9 @@
 """JumpReLU and its L0, with straight-through gradients for the threshold (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
-A jump has no derivative; a rectangle of width ε around the threshold stands in for it. Both functions take dense or
-sparse values; sparse ones need every entry above the threshold less ε/2.
+A jump has no derivative; its pseudo-derivative is a rectangle of width ε around the threshold. All functions accept
+dense or sparse values; sparse ones must include every entry above the threshold minus ε/2.
 
-B tokens · F latents · N entries, those of `[B, F]` or of a support.
+B tokens in a batch · F latents · N entries of a support.
 """
 
 from __future__ import annotations
@@ -47,25 +47,25 @@ class _Count(torch.autograd.Function):
 
 
 def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """Pre-activations above their threshold, 0 elsewhere: `[B, F]` and `[F]`, or `[N]` and `[N]`."""
+    """Pre-activations above their threshold, else 0; shapes are `[B, F]` and `[F]`, or `[N]` and `[N]`."""
     acts: Any = _Jump.apply(pre, threshold, bandwidth)
     return acts
 
 
 def soft_l0(pre: Acts, threshold_F: Tensor, bandwidth: float) -> Tensor:
-    """Mean number of active latents per token, from pre-activations, with a gradient for the thresholds alone.
+    """Mean number of active latents per token, from pre-activations; only the thresholds get a gradient.
 
-    The gradient for θ is −(1/ε)·P(|π − θ| < ε/2), equations 11 and 12 of arXiv 2407.14435. Entries that sparse `pre`
-    leaves out count as far below the threshold.
+    The gradient for θ is −(1/ε)·P(|π − θ| < ε/2), equations 11 and 12 of arXiv 2407.14435. Entries missing from sparse
+    `pre` are treated as far below the threshold.
     """
     return _counted(pre, threshold_F, bandwidth, -math.inf)
 
 
 def published_soft_l0(acts: Acts, threshold_F: Tensor, bandwidth: float) -> Tensor:
-    """As `soft_l0`, from activations after the jump, as the published trainers have it.
+    """Like `soft_l0`, but computed from activations after the jump, as in published training code.
 
-    The count is the same; the gradient is not. Entries a little below θ are 0 by then, so the lower half of the
-    rectangle is lost; where θ < ε/2, every silent entry is near the threshold.
+    The count is the same, but the gradient differs. Entries slightly below θ are already 0, so the lower half of the
+    rectangle is lost; and if θ < ε/2, all silent entries count as near the threshold.
     """
     return _counted(acts, threshold_F, bandwidth, 0.0)
 
@@ -81,7 +81,7 @@ def _near(value: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
 
 
 def _per_latent(values: Acts, threshold_F: Tensor, absent: float, holds: Any) -> Tensor:
-    """On how many tokens `holds(value, threshold)`, for each latent `[F]`; entries that are not stored are `absent`."""
+    """Number of tokens with `holds(value, threshold)` per latent `[F]`; entries that are not stored equal `absent`."""
     if isinstance(values, Tensor):
         return holds(values, threshold_F).sum(0).to(threshold_F)
     at, zeros_F = values.support, torch.zeros_like(threshold_F)

@@ -16,19 +16,19 @@ Architecture = Literal["standard", "jumprelu", "topk", "abs_topk", "gated"]
 
 
 class Extra(NamedTuple):
-    """What some architectures have besides weights and biases, each None elsewhere."""
+    """Parameters that only some architectures have; None for the others."""
 
     threshold: Tensor | None = None
     """jumprelu: `[F]`."""
     r_mag: Tensor | None = None
-    """gated: logarithm of the magnitude's scale over the gate's, `[F]`."""
+    """gated: logarithm of the scale of the magnitude relative to the gate, `[F]`."""
     b_mag: Tensor | None = None
-    """gated: bias of the magnitude `[F]`; the gate's is `b_enc`."""
+    """gated: bias of the magnitude `[F]`; that of the gate is `b_enc`."""
     k: int | None = None
     """topk, abs_topk: active latents per token."""
     rank: Tensor | None = None
-    """topk, abs_topk, optional: positive factors `[F]`. The k latents are chosen by pre-activation times factor, which
-    keeps the choice what it was when decoder norms are folded. None: by the pre-activations themselves."""
+    """topk, abs_topk, optional: positive factors `[F]`. The k latents are selected by pre-activation times factor, so
+    that folding decoder norms does not change the selection. None: by the pre-activations themselves."""
 
 
 EXTRAS: dict[str, set[str]] = {
@@ -38,29 +38,29 @@ EXTRAS: dict[str, set[str]] = {
     "abs_topk": {"k"},
     "gated": {"r_mag", "b_mag"},
 }
-"""Which of `Extra` each architecture has; those with `k` may have `rank` too."""
+"""The fields of `Extra` that each architecture requires; those with `k` may also have `rank`."""
 _ZERO_NORM, _ROUNDING = 1e-30, 1e-6
-"""A decoder row shorter than the first has no direction; one whose norm is within the second of 1 has norm 1."""
+"""Decoder rows shorter than the first are treated as zero, those with a norm within the second of 1 as unit rows."""
 
 
 class SAE(nn.Module):
     """An SAE in its inference form. Row i of `W_enc [F, D]` and of `W_dec [F, D]` belongs to latent i.
 
-    Activations of any floating-point type are accepted. Computation is in the weights' type, also inside a caller's
-    autocast: activations f are returned in it, and x̂ = sae(x) in the type of x. `sae.to(torch.bfloat16)` computes in
+    Inputs may have any floating-point dtype. Computation uses the weights' dtype, even inside `torch.autocast`:
+    activations f are returned in that dtype, and x̂ = sae(x) in the dtype of x. `sae.to(torch.bfloat16)` computes in
     half precision.
 
     Arguments:
-        architecture: σ. "standard" is ReLU; "jumprelu" keeps pre-activations above `threshold` (what batch-top-k
-            training leaves behind); "topk" keeps the `k` largest positive ones a token; "abs_topk" the `k` of
-            largest absolute value, with their sign; "gated" lets a gate, (x − b_dec)·W_enc + b_enc > 0, decide, and
-            scales the shared product by exp(r_mag) for the magnitude (Rajamanoharan et al. 2024, arXiv 2404.16014).
-        extra: what the architecture has besides.
-        subtract_b_dec: whether x − b_dec or x enters the encoder.
-        config: the `cfg.json` it was read from.
+        architecture: σ. "standard" is ReLU; "jumprelu" keeps pre-activations above `threshold` (also the inference form
+            of batch-top-k); "topk" keeps the `k` largest positive ones per token; "abs_topk" the `k` with the largest
+            absolute value, including their sign; "gated" has a gate, (x − b_dec)·W_enc + b_enc > 0, and a magnitude
+            from the same product times exp(r_mag) (Rajamanoharan et al. 2024, arXiv 2404.16014).
+        extra: parameters that only this architecture has.
+        subtract_b_dec: whether the encoder reads x − b_dec instead of x.
+        config: content of the `cfg.json` from which the SAE was loaded.
 
     Raises:
-        ValueError: `extra` has too little or too much for the architecture.
+        ValueError: `extra` lacks a field for the architecture, or has one too many.
     """
 
     def __init__(
@@ -78,7 +78,9 @@ class SAE(nn.Module):
         super().__init__()
         given = {name for name, value in extra._asdict().items() if value is not None}
         if given - ({"rank"} if "k" in given else set()) != EXTRAS[architecture]:
-            raise ValueError(f"extra: architecture {architecture!r} needs {EXTRAS[architecture] or '{}'}, got {given}")
+            raise ValueError(
+                f"extra: got {given or '{}'}; architecture {architecture!r} requires {EXTRAS[architecture] or '{}'}"
+            )
         self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
         self.threshold, self.r_mag, self.b_mag, self.rank = (
@@ -88,7 +90,7 @@ class SAE(nn.Module):
         self.architecture: Architecture = architecture
         self.k, self.subtract_b_dec, self.config = extra.k, subtract_b_dec, config or {}
         self.given_norms_F: Tensor | None = None
-        """Norms that the decoder's rows had before they were folded; None: they were not."""
+        """Norms of the decoder's rows before they were folded into the activations; None if they were not folded."""
 
     @property
     def width(self) -> int:
@@ -102,22 +104,22 @@ class SAE(nn.Module):
 
     @property
     def extra(self) -> Extra:
-        """What this architecture has besides weights and biases."""
+        """Parameters that only this architecture has."""
         return Extra(self.threshold, self.r_mag, self.b_mag, self.k, self.rank)
 
     def centred(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """What enters the encoder."""
+        """The encoder's input: x − b_dec, or x if `subtract_b_dec` is false."""
         return x - self.b_dec if self.subtract_b_dec else x
 
     def pre_activations(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B F"]:
-        """What σ is applied to; for "gated" the gate's.
+        """Pre-activations, to which σ is applied; for "gated" those of the gate.
 
         Raises:
-            ValueError: x is not floating-point, or of another width than D.
+            ValueError: x is not floating-point, or its width is not D.
         """
         if not x.is_floating_point() or x.shape[-1] != self.d_in:
             raise ValueError(
-                f"activations: got {x.dtype} {list(x.shape)}; accepted are floating-point numbers [..., {self.d_in}]"
+                f"activations: got {x.dtype} {list(x.shape)}; expected floating-point numbers [..., {self.d_in}]"
             )
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(self.centred(x.to(self.W_enc.dtype)), self.W_enc, self.b_enc)
@@ -138,15 +140,15 @@ class SAE(nn.Module):
         return F.relu(pre)
 
     def encode(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B F"]:
-        """Activations f of x, which comes as the language model gives it: scaling is folded in.
+        """Activations f of x. Pass x as the language model outputs it: any scaling of training is folded into the SAE.
 
         Raises:
-            ValueError: x is not floating-point or of another width; or there is NaN or infinity in x, in the weights,
-                or in what they make of x. Such numbers would pass for firing.
+            ValueError: x is not floating-point or has another width; or x, the weights or the result contain NaN or
+                infinity, which would look like firing latents.
         """
         pre = self.pre_activations(x)
         acts = self.activate(pre)
-        # Infinity can become 0 in σ, and the gate's magnitude can overflow behind a finite gate: both are looked at.
+        # σ can turn infinity into 0, and the magnitude of "gated" can overflow although the gate is finite: check both.
         if not (_all_finite(pre) and (self.r_mag is None or _all_finite(acts))):
             raise ValueError(self._not_finite(x, acts))
         return acts
@@ -157,16 +159,16 @@ class SAE(nn.Module):
             return acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """Reconstruction x̂ of x, in the type of x."""
+        """Reconstruction x̂ of x, in the dtype of x."""
         return self.decode(self.encode(x)).to(x.dtype)
 
     @torch.no_grad()
     def with_unit_rows(self) -> SAE:
-        """The same function with decoder rows of norm 1: activations and what they are compared with grow by the norm.
+        """An equivalent SAE with unit decoder rows: activations, thresholds and biases are multiplied by the norms.
 
-        Exact but for rounding, for every architecture: where the k largest are chosen, `rank` keeps the choice. A row
-        of zeros, which has no direction, stays as it is. `given_norms_F` of the result are the norms before. Where all
-        rows are of unit norm already, this is the SAE itself.
+        Exact up to rounding for every architecture; if the k largest are selected, `rank` preserves the selection. Zero
+        rows are unchanged. The result's `given_norms_F` are the original norms. If all rows already have unit norm, the
+        SAE itself is returned.
         """
         norm_F = row_norms(self.W_dec)
         norm_F = torch.where((norm_F < _ZERO_NORM) | ((norm_F - 1).abs() < _ROUNDING), 1.0, norm_F)
@@ -178,11 +180,11 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def with_plain_ranking(self) -> SAE:
-        """The same function without `rank`, for formats that have none; decoder rows then have other norms."""
+        """An equivalent SAE without `rank`, for formats that lack it; its decoder rows have other norms."""
         return self if self.rank is None else self._scaled(self.rank.double())
 
     def _scaled(self, by_F: Tensor) -> SAE:
-        """The same function with activations `by_F` times as large, positive fp64, and decoder rows as much less."""
+        """An equivalent SAE with activations multiplied, and decoder rows divided, by `by_F` (positive fp64)."""
 
         def times(tensor: Tensor | None, power: int = 1) -> Tensor | None:
             if tensor is None:
@@ -192,7 +194,7 @@ class SAE(nn.Module):
         rank: Tensor | None = None
         if self.k is not None:
             rank_F = (1.0 if self.rank is None else self.rank.double()) / by_F
-            if bool((rank_F - rank_F[0]).abs().max() > _ROUNDING * rank_F[0]):  # equal factors change no order
+            if bool((rank_F - rank_F[0]).abs().max() > _ROUNDING * rank_F[0]):  # equal factors do not change the order
                 rank = (rank_F / rank_F.max()).to(self.W_enc.dtype)
         W_enc, b_enc, W_dec = times(self.W_enc), times(self.b_enc), times(self.W_dec, -1)
         assert W_enc is not None
@@ -207,30 +209,30 @@ class SAE(nn.Module):
         return scaled.requires_grad_(self.W_dec.requires_grad)
 
     def _not_finite(self, x: Tensor, acts: Tensor) -> str:
-        """Whose fault it is that activations are not finite."""
+        """An error message that says why activations are not finite."""
         for what, tensor in (("activations of the model", x), *self.named_parameters()):
             if not _all_finite(tensor):
                 return f"{what}: {count_not_finite(tensor)}"
-        return f"activations of latents: {count_not_finite(acts)}; finite numbers have overflown {acts.dtype}"
+        return f"activations of latents: {count_not_finite(acts)}; finite inputs overflowed {acts.dtype}"
 
 
 def row_norms(W_FD: Tensor) -> Tensor:
-    """‖row‖ in fp64 `[F]`, which neither overflows nor rounds short rows to 0."""
+    """Norms of rows `[F]` in fp64, in which long rows do not overflow and short ones do not round to 0."""
     return torch.linalg.vector_norm(W_FD.detach(), dim=1, dtype=torch.float64)
 
 
 def count_not_finite(tensor: Tensor) -> str:
-    """How many of a tensor's numbers are NaN or infinite, in words."""
+    """A phrase that says how many numbers of a tensor are NaN or infinite."""
     return f"{int((~tensor.isfinite()).sum()):,} of {tensor.numel():,} numbers are NaN or infinite"
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    # The sum is cheap, and finite only where all are; large finite numbers can overflow it.
+    # The sum is cheap and is finite only if all numbers are; since large finite numbers can overflow it, check twice.
     return bool(tensor.detach().sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 def rescaled(sae: SAE, scale: float, architecture: Any, extra: Extra) -> SAE:
-    """A copy that does on scale·x what `sae` does on x: biases and thresholds grow, weights stay."""
+    """A copy that maps scale·x to scale·x̂ if `sae` maps x to x̂: biases and thresholds are scaled, weights are not."""
 
     def grown(tensor: Tensor | None, by: float) -> Tensor | None:
         return None if tensor is None else (tensor * by).detach().clone()

@@ -1,6 +1,6 @@
 """Selection: which pre-activations become activations.
 
-B tokens in a batch · F latents · N non-zeros in a batch.
+B tokens in a batch · D width of the activations · F latents · N non-zeros in a batch · C candidates · K = k.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ from c2r.kernels.int8 import coarse_product
 from c2r.kernels.rows import row_dots, row_starts
 
 _ROOM = 3.0
-"""The floor lies this many usual moves of the cut, and 1 %, below the last cut."""
+"""The floor is below the last cut by this multiple of the cut's mean relative change, plus 1 %."""
 _LARGEST_SLACK = 0.1
+"""Largest relative distance of the floor from the last cut."""
 _CROWD, _SHARE, _FAILURES, _REST = 4, 1 / 32, 3, 100
-"""A coarse product that leaves more candidates than so many times B·k, or than so large a share of all, does not pay.
-After so many batches in a row in which it did not serve, it rests for so many."""
+"""int8 is not worth it if it leaves more than `_CROWD`·B·k candidates, or more than `_SHARE` of all entries.
+After `_FAILURES` consecutive batches without success, it is not tried for `_REST` batches."""
 
 
 @dataclass
 class BatchTopK:
     """The B·k largest positive pre-activations of a whole batch (Bussmann et al. 2024, arXiv 2412.06410).
 
-    A running floor slightly below the last cut leaves few more candidates than B·k, and the exact top-k runs on those
-    alone. Where the floor left too few, one is taken from a sample of tokens, and at last it is 0. The set is the exact
-    one in every case. How far below the cut the floor lies follows how much the cut moves from batch to batch.
+    The cut is the smallest selected value. A floor slightly below the last batch's cut leaves few more than B·k
+    candidates, and the exact top-k runs only on these. If the floor leaves too few, one estimated from a sample of
+    tokens is used instead, and finally 0. The result is always exact. The distance of the floor from the cut adapts to
+    how much the cut changes between batches.
     """
 
     cut: float | None = None
@@ -43,9 +45,9 @@ class BatchTopK:
 
     @torch.no_grad()
     def select(self, product_BF: Tensor, bias_F: Tensor, k: int) -> Support:
-        """Where the `B·k` largest positive entries of product + bias are; fewer where fewer are positive.
+        """Positions of the `B·k` largest positive entries of product + bias; fewer if fewer are positive.
 
-        The sum is never made for all of them: a floor under it is one under the product that differs by latent.
+        The sum is not computed for all entries: a floor on it is a floor on the product that differs by latent.
         """
         batch, width = product_BF.shape
         total = min(batch * k, product_BF.numel())
@@ -58,10 +60,10 @@ class BatchTopK:
 
     @torch.no_grad()
     def select_coarsely(self, x_BD: Tensor, W_FD: Tensor, bias_F: Tensor, k: int) -> tuple[Support, Tensor] | None:
-        """As `select`, by x·Wᵀ + bias in fp32, which come too, `[N]`; a product in int8 finds the few to compute.
+        """Like `select` for x·Wᵀ + bias in fp32, whose selected values `[N]` are returned too; int8 finds candidates.
 
-        None where that cannot be, or does not pay: before there is a cut, where the cut fell below the floor, and where
-        rounding leaves too many candidates, for tokens or latents with a few huge entries.
+        None if int8 is not supported or not worth it: before there is a cut, if the cut fell below the floor, or if
+        rounding leaves too many candidates, as for tokens or latents with a few huge entries.
         """
         if self.rest:
             self.rest -= 1
@@ -85,14 +87,14 @@ class BatchTopK:
         values_C = row_dots(W_FD, x_BD, tokens_C, row_starts(latents_C, width)) + bias_F[latents_C]
         best = values_C.topk(total, sorted=False)
         cut = best.values.min().item()
-        if cut < floor:  # something between the two may be missing
+        if cut < floor:  # entries between cut and floor may be missing
             return None
         self._follow(cut)
         places_N, order_N = (tokens_C * width + latents_C)[best.indices].sort()
         return Support(places_N % width, places_N // width, batch, width), best.values[order_N]
 
     def _floor(self) -> float | None:
-        """A little below the last cut; None without one."""
+        """A value slightly below the last cut; None if there is no cut yet."""
         return None if not self.cut else self.cut * (1 - min(0.01 + _ROOM * self.move, _LARGEST_SLACK))
 
     def _follow(self, cut: float | None) -> None:
@@ -101,7 +103,7 @@ class BatchTopK:
         self.cut = cut
 
     def _candidates(self, product_BF: Tensor, bias_F: Tensor, total: int) -> tuple[Tensor, Tensor]:
-        """The positive pre-activations that may be among the `total` largest, and their places in the flat matrix."""
+        """Positive pre-activations that may be among the `total` largest, and their indices in the flattened matrix."""
 
         def above(floor: float) -> tuple[Tensor, Tensor]:
             found = entries_above(product_BF, floor - bias_F, dim=0)
@@ -118,7 +120,7 @@ class BatchTopK:
         return values, places
 
     def _sampled_floor(self, product_BF: Tensor, bias_F: Tensor, total: int) -> float:
-        """A floor from every 16th token, 0 at least."""
+        """A floor estimated from every 16th token, at least 0."""
         sample = product_BF[::16] + bias_F
         cut = sample.flatten().topk(max(1, total * len(sample) // len(product_BF)), sorted=False).values.min().item()
         return max(cut * (1 - _LARGEST_SLACK), 0.0)
@@ -126,20 +128,20 @@ class BatchTopK:
 
 @torch.no_grad()
 def support_above(product_BF: Tensor, floor_F: Tensor) -> Support:
-    """Where `product_BF` is above its latent's floor."""
+    """Positions at which `product_BF` is above the floor of the latent."""
     found = entries_above(product_BF, floor_F, dim=0)
     return _support(found.rows * product_BF.shape[1] + found.columns, *product_BF.shape)
 
 
 def _support(places_N: Tensor, batch: int, width: int) -> Support:
-    """From places in the flattened matrix, in any order."""
+    """The support with these indices in the flattened matrix, in any order."""
     ordered_N = places_N.sort().values
     return Support(ordered_N % width, ordered_N // width, batch, width)
 
 
 @torch.no_grad()
 def top_k_of_each_token(pre_BF: Tensor, k: int, *, signed: bool = False) -> Support:
-    """The `k` largest positive entries of each row (Gao et al. 2024); with `signed`, the largest in absolute value."""
+    """Positions of the `k` largest positive entries of each row (Gao et al. 2024); if `signed`, by absolute value."""
     batch, width = pre_BF.shape
     best = (pre_BF.abs() if signed else pre_BF).topk(min(k, width), dim=1, sorted=False)
     latents_BK = best.indices.sort(dim=1).values

@@ -247,7 +247,7 @@ def test_too_few_classes_is_a_reason_and_never_a_number() -> None:
     blind = LinearProbe(torch.cat([acts.W_dec_FD[:3], -acts.W_dec_FD[3:4]]), torch.full((4,), -0.5))
     found = absorption(data, acts, "wxyz", settings=AbsorptionSettings(min_classes=4), probe=blind)
     assert found.means is None
-    assert found.reason == "3 of 4 classes pass the gate (ground-truth probe's F1 > 0.6); 4 are needed"
+    assert found.reason == "only 3 of 4 classes have a ground-truth probe with F1 > 0.6; 4 are needed"
     assert (found.classes[3].scored, found.classes[3].fraction, found.classes[3].full_rate) == (0, None, None)
     enough = absorption(data, acts, "wxyz", settings=AbsorptionSettings(min_classes=3), probe=blind)
     assert enough.reason is None
@@ -262,16 +262,16 @@ def test_bad_input_is_named() -> None:
         absorption(data, sae, "abc")
     with pytest.raises(ValueError, match="train: no sample of d"):
         absorption(data, sae, "abcd", settings=few)
-    with pytest.raises(ValueError, match="labels run from 0 to 2, but there are 2 classes"):
+    with pytest.raises(ValueError, match="got labels from 0 to 2, but there are 2 classes"):
         absorption(data, sae, "ab", settings=AbsorptionSettings(min_classes=2))
     with pytest.raises(ValueError, match="got 119 samples and 120 labels"):
         absorption(data._replace(x_test_BD=data.x_test_BD[1:]), sae, "abc", settings=few)
     wide = SAE(torch.eye(13), torch.zeros(13), torch.eye(13), torch.zeros(13), architecture="standard")
-    with pytest.raises(ValueError, match="reads activations of width 13, the samples have 12"):
+    with pytest.raises(ValueError, match="reads activations of width 13, but the samples have width 12"):
         absorption(data, wide, "abc", settings=few)
-    with pytest.raises(ValueError, match=r"probe: got weights \[3, 5\]; accepted are \[3, 12\]"):
+    with pytest.raises(ValueError, match=r"probe: got weights of shape \[3, 5\]; expected \[3, 12\]"):
         absorption(data, sae, "abc", settings=few, probe=LinearProbe(torch.ones(3, 5), torch.ones(3)))
-    with pytest.raises(ValueError, match=r"l1_weight_CF: got weights \[2, 30\]; accepted are \[3, 30\]"):
+    with pytest.raises(ValueError, match=r"l1_weight_CF: got weights of shape \[2, 30\]; expected \[3, 30\]"):
         absorption(data, sae, "abc", settings=few, l1_weight_CF=torch.ones(2, 30))
     with pytest.raises(ValueError, match="unknown"):
         AbsorptionSettings.model_validate({"unknown": 1})

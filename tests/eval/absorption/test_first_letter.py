@@ -145,24 +145,28 @@ def test_canonical_prompts_end_at_the_words_own_token(lm: LanguageModel, words: 
 
 def test_what_does_not_fit_the_tokenizer_is_named(lm: LanguageModel, words: dict[str, int]) -> None:
     few = FirstLetterSettings(max_words=1500, position=-5)
-    with pytest.raises(ValueError, match=r"position: -5 of .* holds ' has' and not the token of .* 1500 of 1500 words"):
+    with pytest.raises(
+        ValueError, match=r"position: the token at -5 of .* is ' has', not the token of .* 1500 of 1500 words"
+    ):
         token_rows(lm.tokenizer, words, draw(list(words), few, 0), few)
     far = few.model_copy(update={"position": -500})
-    with pytest.raises(ValueError, match="holds nothing"):
+    with pytest.raises(ValueError, match="is missing, not the token"):
         token_rows(lm.tokenizer, words, draw(list(words), far, 0), far)
     glued = FirstLetterSettings(max_words=1500, template="x{word}x is")
     with pytest.raises(ValueError, match="choose another position or template"):
         token_rows(lm.tokenizer, words, draw(list(words), glued, 0), glued)
     for template in ("no place", "{word} {word}"):
-        with pytest.raises(ValueError, match=r"accepted are texts with \{word\} in them once"):
+        with pytest.raises(ValueError, match=r"accepted are texts that contain \{word\} exactly once"):
             draw(list(words), FirstLetterSettings(template=template), 0)
-    with pytest.raises(ValueError, match=r"none of 2 training words begins with .*Z; its vocabulary has 3 entries"):
+    with pytest.raises(
+        ValueError, match=r"none of 2 training words begins with .*Z, but .* the vocabulary has 3 entries"
+    ):
         draw([" ab", " cd", " ef"], FirstLetterSettings(), 0)
     without_q = [f" {letter}{i}" for letter in LETTERS.replace("q", "") for i in range(40)]
-    with pytest.raises(ValueError, match=r"none of 800 training words begins with Q; .* 1000 entries .*every letter"):
+    with pytest.raises(ValueError, match=r"none of 800 training words begins with Q, but every letter .* 1000 entries"):
         draw(without_q, FirstLetterSettings(), 0)
     alphabet = [f" {letter}{i}" for letter in LETTERS for i in "abc"]
-    with pytest.raises(ValueError, match="are too few for 10 examples beside the 16 words"):
+    with pytest.raises(ValueError, match="are too few for 10 examples in addition to the 16 words"):
         draw(alphabet, FirstLetterSettings(words_per_prompt=16), 1)
     with pytest.raises(ValidationError):
         FirstLetterSettings(position=0)
@@ -278,14 +282,14 @@ def test_not_evaluable_is_a_result_with_its_reason(
     assert found.details == []
     assert found.unstructured["evaluable"] is False
     assert f"seed {SEED}: " in found.unstructured["reason"]
-    assert "of 26 classes pass the gate (ground-truth probe's F1 > 0.99); 20 are needed" in found.unstructured["reason"]
+    assert "of 26 classes have a ground-truth probe with F1 > 0.99; 20 are needed" in found.unstructured["reason"]
 
 
 def test_a_failing_sae_stops_no_other(bench: Bench, settings: AbsorptionEvaluation) -> None:
     wide = SAE(torch.eye(8), torch.zeros(8), torch.eye(8), torch.zeros(8), architecture="standard")
     found: Iterator[Any] = run_absorption(with_settings(bench, settings), {"wide": wide, "a": dictionary(0)})
     first, second = found
-    assert first.error == "ValueError: SAE: it reads activations of width 8, the samples have 512"
+    assert first.error == "ValueError: sae: it reads activations of width 8, but the samples have width 512"
     assert second.error is None
 
 

@@ -1,4 +1,4 @@
-"""The audit of anybody's folder, from the command line to a page that opens offline."""
+"""The audit of SAE folders of any library, from the command line to a page that opens offline."""
 
 import json
 from html.parser import HTMLParser

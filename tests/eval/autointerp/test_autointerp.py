@@ -137,11 +137,11 @@ def test_the_budget_comes_first(tmp_path: Path) -> None:
         bench = bench_at(stub.url, tmp_path, max_requests=47)
         bench.console = Console(width=200, file=io.StringIO())
         first, second = run_autointerp(bench, {"a": word_sae(), "b": word_sae(-0.7)})
-        assert first.error == second.error == "judge.max_requests: got 47, but 48 are needed; nothing was asked"
+        assert first.error == second.error == "judge.max_requests: got 47, but 48 are needed; no request was sent"
         assert stub.bodies == []
         shown = bench.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
         assert "48 requests, about " in shown
-        assert "0 answers are kept" in shown
+        assert "0 answers are already on disk" in shown
         estimate = int(shown.split("about ")[1].split(" tokens")[0].replace(",", ""))
         assert all(outcome.error is None for outcome in run_autointerp(
             bench_at(stub.url, tmp_path, max_requests=48), {"a": word_sae(), "b": word_sae(-0.7)}))  # fmt: skip
@@ -200,7 +200,7 @@ def test_if_most_latents_fail_there_is_no_result(tmp_path: Path) -> None:
         outcome = outcome_of(bench_at(stub.url, tmp_path))
     assert outcome.metrics == {}
     assert outcome.error == (
-        "the judge failed on 12 of 12 latents, so there is no score: the answer is not a list of numbers: 'hm'"
+        "no score, because the judge failed on 12 of 12 latents: the answer is not a list of numbers: 'hm'"
     )
 
 
@@ -208,8 +208,8 @@ def test_a_wrong_key_ends_it_at_once(tmp_path: Path) -> None:
     with StubJudge(lambda *_: fault(401, "bad key")) as stub:
         outcomes = list(run_autointerp(bench_at(stub.url, tmp_path, workers=2), {"a": word_sae(), "b": word_sae()}))
     for outcome in outcomes:
-        assert "the key is not accepted; set C2R_JUDGE_KEY" in (outcome.error or "")
-        assert "a rerun goes on" in (outcome.error or "")
+        assert "the API key was rejected; set C2R_JUDGE_KEY" in (outcome.error or "")
+        assert "a rerun resumes" in (outcome.error or "")
     assert len(stub.bodies) <= 3
 
 
@@ -222,7 +222,7 @@ def test_without_a_judge(tmp_path: Path) -> None:
 def test_an_sae_without_windows_leaves_the_other(tmp_path: Path) -> None:
     with StubJudge(oracle) as stub:
         dead, good = run_autointerp(bench_at(stub.url, tmp_path), {"dead": word_sae(-9.0), "good": word_sae()})
-    assert "no latent has windows enough to be judged; none fires" in (dead.error or "")
+    assert "too few windows to judge any latent; no latent fires" in (dead.error or "")
     assert good.summary["autointerp"] == 1.0
 
 
@@ -323,7 +323,7 @@ def test_from_the_command_line(
         assert all(body["temperature"] == 0 for body in stub.bodies)
         assert all(headers["Authorization"] == f"Bearer {SECRET}" for headers in stub.headers)
     printed = capsys.readouterr()
-    assert "autointerp (share of windows judged right)" in printed.out
+    assert "autointerp (share of windows judged correctly)" in printed.out
     assert "16 requests, about" in " ".join(printed.err.split())
     assert SECRET not in printed.out + printed.err
     result = json.loads((tmp_path / "out" / "c2r_autointerp.json").read_text())

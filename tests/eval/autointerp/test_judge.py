@@ -68,7 +68,9 @@ def test_an_endpoint_that_only_fails_is_given_up(tmp_path: Path) -> None:
                 continue
             with pytest.raises(JudgeError):
                 judge.ask(asked(str(number)))
-        with pytest.raises(JudgeDown, match=f"{FAILURES_IN_A_ROW} requests in a row failed, the last with: status 400"):
+        with pytest.raises(
+            JudgeDown, match=f"{FAILURES_IN_A_ROW} requests in a row failed, the last one with: status 400"
+        ):
             judge.ask(asked("last"))
         assert judge.ask(asked(str(FAILURES_IN_A_ROW - 1))) == "good"  # what is kept is still there
         assert len(stub.bodies) == 2 * FAILURES_IN_A_ROW
@@ -100,9 +102,9 @@ def test_addresses_that_are_refused(url: str) -> None:
         ({"url": None}, "--judge-url: Field required"),
         ({"url": "ftp://host"}, "--judge-url: accepted are http"),
         ({"model": None}, "--judge-model: Field required"),
-        ({"options": "{"}, "--judge-options: got '{'; accepted is a JSON object"),
-        ({"options": "3"}, "--judge-options: got '3'; accepted is a JSON object"),
-        ({"options": '["temperature"]'}, "accepted is a JSON object"),
+        ({"options": "{"}, "--judge-options: got '{'; expected a JSON object"),
+        ({"options": "3"}, "--judge-options: got '3'; expected a JSON object"),
+        ({"options": '["temperature"]'}, "expected a JSON object"),
         ({"options": '{"stream": true, "messages": []}'}, "--judge-options: got messages, stream; accepted are other"),
         ({"latents": "0"}, r"--judge-latents: .* \(got 0\)"),
     ],

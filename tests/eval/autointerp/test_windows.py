@@ -90,9 +90,9 @@ def test_every_window_of_silence_is_as_likely() -> None:
 @pytest.mark.parametrize(
     ("firing", "says"),
     [
-        ([3, 4, 5, 6], "1 separate windows around its strongest firings; 4 are needed"),
-        ([2, 12, 22, 32], "0 separate windows around weaker firings; 3 are needed"),
-        (list(range(100)), "0 separate windows of silence; 4 are needed"),
+        ([3, 4, 5, 6], "1 distinct windows around its strongest firings; 4 are needed"),
+        ([2, 12, 22, 32], "0 distinct windows around weaker firings; 3 are needed"),
+        (list(range(100)), "0 distinct windows in which it is silent; 4 are needed"),
     ],
 )
 def test_too_little_text_for_a_latent(firing: list[int], says: str) -> None:
@@ -105,7 +105,7 @@ def test_too_little_text_for_a_latent(firing: list[int], says: str) -> None:
 def test_repeated_text_counts_once() -> None:
     ids = list(range(10)) * 10
     text = text_of([0] * 100, list(range(100)), ids, 2)
-    with pytest.raises(ValueError, match="1 separate windows around its strongest"):
+    with pytest.raises(ValueError, match="1 distinct windows around its strongest"):
         pick(text, np.arange(5, 100, 10), np.linspace(1, 2, 10), SMALL, (0,))
 
 

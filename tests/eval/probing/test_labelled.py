@@ -100,7 +100,9 @@ def test_labels_without_enough_texts_are_left_out(monkeypatch: pytest.MonkeyPatc
     assert found.left_out == {"b": 19, "e": 22}
     monkeypatch.setattr(labelled, "MOST", 21)
     assert {len(texts) for texts in labelled._by_label("x", pairs, 0).texts.values()} == {21}
-    with pytest.raises(ValueError, match=r"x: two labels with at least 20 distinct texts.*'a' 30, 'b' 19"):
+    with pytest.raises(
+        ValueError, match=r"x: needs at least two labels with at least 20 distinct texts.*'a' 30, 'b' 19"
+    ):
         labelled._by_label("x", [pair for pair in pairs if pair[0] in "ab"], 0)
 
 
@@ -131,7 +133,7 @@ def test_a_jsonl_file_and_a_data_set_folder(tmp_path: Path) -> None:
         ('{"label": "a"}\n', r"x.jsonl:1: expected"),
         ("[1]\n", r"x.jsonl:1: expected a JSON object; found list"),
         ("{\n", r"x.jsonl:1 is not JSON"),
-        ("\n", r"x.jsonl holds no record"),
+        ("\n", r"x.jsonl contains no record"),
         (None, r"no file matches"),
     ],
 )
@@ -145,7 +147,7 @@ def test_a_users_mistake_is_named(content: str | None, says: str, tmp_path: Path
 
 def test_one_label_is_not_enough(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [{"text": f"t{i}", "label": "a"} for i in range(50)])
-    with pytest.raises(ValueError, match="probe_data: x: two labels with at least 20"):
+    with pytest.raises(ValueError, match="probe_data: x: needs at least two labels with at least 20"):
         labelled_texts(str(path))
     with pytest.raises(ValueError, match="probe_data: cannot open data set"):
         check_labelled(str(tmp_path / "nowhere"))

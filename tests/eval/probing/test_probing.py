@@ -164,7 +164,7 @@ def test_texts_without_tokens_are_refused(tiny_run: dict[str, Path], tmp_path: P
     data = {"parse_special_tokens": True}
     results = evaluate(folders, suites=("probing",), probe_data=str(task), cache=tmp_path / "cache", data=data)
     assert len(results.failed) == 2
-    assert all("texts of label '1' hold no token" in line for line in results.failed)
+    assert all("texts of label '1' contain no token" in line for line in results.failed)
     with pytest.raises(ValueError, match="probe_data: no file matches"):
         evaluate(folders, suites=("probing",), probe_data=str(tmp_path / "none.jsonl"))
 

@@ -261,7 +261,7 @@ def test_without_sae_bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def test_another_version(fake: Path) -> None:
     info = fake / "sae_bench-0.6.0.dist-info"
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sae-bench\nVersion: 0.4.2\n")
-    with pytest.raises(ValueError, match=r"needs sae-bench 0\.6\.x, found is 0\.4\.2"):
+    with pytest.raises(ValueError, match=r"needs sae-bench 0\.6\.x, but 0\.4\.2 is installed"):
         check_installed()
 
 

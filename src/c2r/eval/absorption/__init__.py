@@ -1,1 +1,1 @@
-"""Absorption: latents that should fire and whose children fire instead."""
+"""Absorption: latents that should fire but do not, because more specific latents fire instead."""

@@ -1,7 +1,7 @@
-"""Absorption and splitting of labelled concepts in an SAE, on arrays: what SAEBench 0.6.0 asks of first letters.
+"""Absorption and splitting of labelled concepts in an SAE: SAEBench 0.6.0's first-letter metric, on arrays.
 
-A concept is absorbed on a sample where a linear probe finds it, its own latents do not speak, and others that fire
-for something more specific carry it (Chanin et al. 2024, arXiv 2409.14507; Karvonen et al. 2025, arXiv 2503.09532).
+A concept is absorbed on a sample if a linear probe finds it there, but the concept's own latents do not fire and more
+specific latents represent it (Chanin et al. 2024, arXiv 2409.14507; Karvonen et al. 2025, arXiv 2503.09532).
 
 B labelled samples · D width of the activations · F latents · C classes · K largest number of latents in a probe ·
 n scored samples.
@@ -27,11 +27,11 @@ from c2r.sae.model import SAE
 
 
 class Labelled(NamedTuple):
-    """Activations of samples with one class each, parted in two."""
+    """Activations of samples with one class each, split into a training and a test part."""
 
     x_train_BD: Tensor
     y_train_B: Tensor
-    """Class of each sample, counted from 0."""
+    """Index of each sample's class, from 0."""
     x_test_BD: Tensor
     y_test_B: Tensor
 
@@ -46,32 +46,33 @@ class Encoded(NamedTuple):
 
 
 class ClassResult(NamedTuple):
-    """One class."""
+    """The result for one class."""
 
     name: str
     probe_f1: float
-    """Of the ground-truth probe, on the test part."""
+    """F1 of the ground-truth probe on the test part."""
     f1_by_k: list[float]
-    """Of the k-sparse probes, k = 1 …"""
+    """F1 of the k-sparse probes for k = 1, 2, …"""
     split_latents: list[int]
+    """The class's own latents."""
     scored: int
-    """Test samples of the class that the ground-truth probe finds."""
+    """Test samples of the class that the ground-truth probe classifies correctly."""
     fraction: float | None
-    """Mean absorption fraction; None without a scored sample."""
+    """Mean absorption fraction; None if no sample is scored."""
     full: int
-    """Scored samples that are fully absorbed."""
+    """Number of scored samples that are fully absorbed."""
 
     @property
     def full_rate(self) -> float | None:
-        """Full absorption; None without a scored sample."""
+        """Share of scored samples that are fully absorbed; None if no sample is scored."""
         return self.full / self.scored if self.scored else None
 
 
 class Scored(NamedTuple):
-    """Every scored sample, class by class."""
+    """All scored samples, sorted by class."""
 
     index_n: Tensor
-    """Its place in the test part."""
+    """Index in the test part."""
     class_n: Tensor
     fraction_n: Tensor
     full_n: Tensor
@@ -83,22 +84,24 @@ class Absorption:
 
     classes: list[ClassResult]
     passing: list[ClassResult]
-    """Those that the ground-truth probe finds well enough."""
+    """Classes whose ground-truth probe is good enough."""
     means: dict[str, float] | None
-    """SAEBench's mean and sample standard deviation over the passing classes; None where not evaluable."""
+    """SAEBench's means and sample standard deviations over the passing classes; None if not evaluable."""
     reason: str | None
-    """Why it is not evaluable."""
+    """Why the result is not evaluable; None if it is."""
     scored: Scored
 
 
 def encoded(sae: SAE, data: Labelled, batch: int = 2048) -> Encoded:
-    """The SAE's activations in the convention of unit decoder rows: each times its row's norm.
+    """The SAE's activations, each multiplied by its decoder row's norm, as if decoder rows had unit norm.
 
     Raises:
         ValueError: the SAE reads activations of another width.
     """
     if sae.d_in != data.x_train_BD.shape[1]:
-        raise ValueError(f"SAE: it reads activations of width {sae.d_in}, the samples have {data.x_train_BD.shape[1]}")
+        raise ValueError(
+            f"sae: it reads activations of width {sae.d_in}, but the samples have width {data.x_train_BD.shape[1]}"
+        )
     norms_F = sae.W_dec.norm(dim=1)
     with torch.no_grad():
         train, test = (
@@ -118,18 +121,18 @@ def absorption(
     l1_weight_CF: Tensor | None = None,
     seed: int = 0,
 ) -> Absorption:
-    """Absorption and splitting of each class.
+    """Compute absorption and splitting of each class.
 
     Arguments:
         sae: an SAE, or its activations and decoder.
-        classes: names, in the order of the labels.
+        classes: names of the classes, in the order of the labels.
         probe: ground-truth probe; None: trained on the training part.
-        l1_weight_CF: weights that rank the latents for each class; None: trained likewise (`l1_probe`).
-        seed: of the probes' training.
+        l1_weight_CF: weights that rank the latents for each class; None: trained on the training part by `l1_probe`.
+        seed: seed of the probes' training.
 
     Raises:
-        ValueError: shapes that do not fit, labels out of range, a class without a training sample, or settings that
-            no data can meet.
+        ValueError: shapes do not match, labels are out of range, a class has no training sample, or there are fewer
+            classes than `settings.min_classes`.
     """
     _check(data, classes, settings)
     acts = encoded(sae, data) if isinstance(sae, SAE) else sae
@@ -143,7 +146,7 @@ def absorption(
         ("l1_weight_CF", l1_weight_CF, acts.train.width),
     ):
         if weight.shape != (len(classes), width):
-            raise ValueError(f"{name}: got weights {list(weight.shape)}; accepted are {[len(classes), width]}")
+            raise ValueError(f"{name}: got weights of shape {list(weight.shape)}; expected {[len(classes), width]}")
 
     ranked_CK = l1_weight_CF.topk(min(settings.max_k, acts.train.width), dim=1).indices.to(acts.W_dec_FD.device)
     f1_CK = k_sparse_f1(acts.train, data.y_train_B, acts.test, data.y_test_B, ranked_CK).tolist()
@@ -159,15 +162,15 @@ def absorption(
     passing = [result for result in results if result.probe_f1 > settings.min_probe_f1 and result.scored]
     if len(passing) < settings.min_classes:
         reason = (
-            f"{len(passing)} of {len(classes)} classes pass the gate (ground-truth probe's F1 > "
-            f"{settings.min_probe_f1:g}); {settings.min_classes} are needed"
+            f"only {len(passing)} of {len(classes)} classes have a ground-truth probe with F1 > "
+            f"{settings.min_probe_f1:g}; {settings.min_classes} are needed"
         )
         return Absorption(results, passing, None, reason, scored)
     return Absorption(results, passing, _means(passing), None, scored)
 
 
 def splits(f1_K: Sequence[float], jump: float) -> int:
-    """How many latents share a class: those before the first that adds no more than `jump` to F1; at least one."""
+    """Number of latents that a class is split over: the first k that each add more than `jump` to F1; at least 1."""
     best, count = -100.0, 0
     for f1 in f1_K:
         if f1 <= best + jump:
@@ -198,7 +201,7 @@ def _score(
 
 
 def _means(passing: list[ClassResult]) -> dict[str, float]:
-    """Mean and sample standard deviation over classes, under SAEBench's names."""
+    """Means and sample standard deviations over classes, under SAEBench's names."""
     values = {
         "absorption_fraction_score": [result.fraction or 0.0 for result in passing],
         "full_absorption_score": [result.full_rate or 0.0 for result in passing],
@@ -214,11 +217,11 @@ def _check(data: Labelled, classes: Sequence[str], settings: AbsorptionSettings)
         raise ValueError(f"min_classes: got {settings.min_classes}, but there are {len(classes)} classes")
     for part, x_BD, y_B in (("train", data.x_train_BD, data.y_train_B), ("test", data.x_test_BD, data.y_test_B)):
         if len(x_BD) != len(y_B) or len(y_B) == 0:
-            raise ValueError(f"{part}: got {len(x_BD)} samples and {len(y_B)} labels; accepted is one label a sample")
+            raise ValueError(f"{part}: got {len(x_BD)} samples and {len(y_B)} labels; expected one label per sample")
         if int(y_B.min()) < 0 or int(y_B.max()) >= len(classes):
-            raise ValueError(f"{part}: labels run from {int(y_B.min())} to {int(y_B.max())}, but there are "
+            raise ValueError(f"{part}: got labels from {int(y_B.min())} to {int(y_B.max())}, but there are "
                              f"{len(classes)} classes")  # fmt: skip
     counts = torch.bincount(data.y_train_B, minlength=len(classes)).tolist()
     missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if missing:
-        raise ValueError(f"train: no sample of {', '.join(missing)}; every class needs one")
+        raise ValueError(f"train: no sample of {', '.join(missing)}; every class needs at least one")

@@ -1,4 +1,4 @@
-"""The evaluation `absorption`: first letters, several seeds, one result an SAE in SAEBench's form."""
+"""The evaluation `absorption`: first letters over several seeds, one result per SAE in SAEBench's format."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _MEANS = ("absorption_fraction_score", "full_absorption_score", "num_split_featu
 _FRACTION = f"mean_{_MEANS[0]}"
 LEAST_PARAMETERS, LEAST_LATENTS = 1_000_000_000, 16_384
 OUT_OF_DOMAIN = (
-    "SAEBench does not recommend this metric for language models under 1 billion parameters nor for SAEs under 16k "
-    "latents: the figure speaks neither for nor against a method"
+    "SAEBench does not recommend this metric for language models under 1 billion parameters or for SAEs under 16k "
+    "latents: the figure is evidence neither for nor against a method"
 )
 
 
@@ -33,7 +33,7 @@ def run_absorption(
     bench: Bench,
     saes: dict[str, SAE],
 ) -> Iterator[Outcome]:
-    """First-letter absorption of each SAE; activations and ground-truth probes are collected once for all."""
+    """Evaluate first-letter absorption of each SAE; activations and ground-truth probes are shared by all."""
     settings = bench.config.absorption
     kind = settings.prompts.words or ("spaced" if bench.model.name == "embedded" else "all")
     settings = settings.model_copy(update={"prompts": settings.prompts.model_copy(update={"words": kind})})
@@ -43,7 +43,7 @@ def run_absorption(
         bench.console.print(f"first letters of {len(words):,} {what}, {settings.seeds} seeds", highlight=False)
         seeds = range(bench.config.seed, bench.config.seed + settings.seeds)
         for seed in seeds:
-            draw(list(words), settings.prompts, seed)  # what cannot be drawn is refused before long work
+            draw(list(words), settings.prompts, seed)  # raises before any long computation
         collections = [collect(bench, words, settings.prompts, seed) for seed in seeds]
     except FAILURES as error:
         yield from (failure(name, EVALUATION, error) for name in saes)
@@ -67,17 +67,18 @@ def _evaluate(
     found.unstructured |= {"counting": left_out, "domain": outside}
     found.summary["absorption_in_domain"] = float(outside is None)
     if found.unstructured["reason"]:
-        bench.console.print(f"[yellow]{name}: absorption is not evaluable; {found.unstructured['reason']}[/]")
+        bench.console.print(f"[yellow]{name}: absorption cannot be evaluated; {found.unstructured['reason']}[/]")
     return found
 
 
 def domain(parameters: int | None, latents: int) -> str | None:
-    """Why the metric says nothing for or against a method here; None where it is recommended.
+    """Why the metric is no evidence for or against a method here; None if it is recommended.
 
-    SAEBench recommends it for language models of a billion parameters or more and SAEs of 16k latents or more.
+    SAEBench recommends it for language models with at least a billion parameters and SAEs with at least 16k latents.
 
     Arguments:
-        parameters: of the language model; None: not known.
+        parameters: number of the language model's parameters; None: unknown.
+        latents: number of the SAE's latents.
     """
     below = []
     if parameters is not None and parameters < LEAST_PARAMETERS:
@@ -90,7 +91,7 @@ def domain(parameters: int | None, latents: int) -> str | None:
 
 
 def outcome(name: str, seeds: Sequence[int], results: Sequence[Absorption], settings: AbsorptionEvaluation) -> Outcome:
-    """The seeds' results as one: not evaluable as soon as one of them is not."""
+    """The combined result of all seeds; not evaluable if any seed's result is not."""
     reasons = [f"seed {seed}: {found.reason}" for seed, found in zip(seeds, results, strict=True) if found.reason]
     means = [found.means for found in results if found.means is not None]
     metrics, intervals = dict.fromkeys((f"{kind}_{m}" for kind in ("mean", "std_dev") for m in _MEANS), math.nan), {}
@@ -138,7 +139,7 @@ def outcome(name: str, seeds: Sequence[int], results: Sequence[Absorption], sett
 
 
 def _detail(letter: ClassResult) -> dict[str, str | float | int | None]:
-    """One letter in SAEBench's form."""
+    """One letter's result under SAEBench's names."""
     return {
         "first_letter": letter.name,
         "mean_absorption_fraction": letter.fraction,

@@ -1,8 +1,8 @@
 """The first-letter task on a language model: words in context, their activations, and the ground-truth probe.
 
-As in SAEBench 0.6.0: a word's first letter is a concept that every word's token carries, with 26 classes.
+As in SAEBench 0.6.0, the concept is the first letter of a word's token, with 26 classes.
 
-n words · D width of the activations · R rows · T positions.
+n words · B words of the training or test part · D width of the activations · R rows · T positions.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ _ROWS = 128
 
 
 class Draw(NamedTuple):
-    """Words in random order, and the examples that stand before them."""
+    """Words in random order, and the in-context examples that precede them."""
 
     words: list[str]
-    """The training part first."""
+    """Words of the training part, then of the test part."""
     train: int
-    """Words of the training part."""
+    """Number of words in the training part."""
     groups: list[tuple[list[str], str]]
-    """The words, in order, that share a draw of examples, and these as text."""
+    """Consecutive words that share the same examples, and these examples as text."""
 
     @property
     def labels_n(self) -> Tensor:
-        """First letters, counted from 0."""
+        """Index of each word's first letter in the alphabet, from 0."""
         return torch.tensor([LETTERS.index(letter_of(word).lower()) for word in self.words])
 
 
 class Collection(NamedTuple):
-    """What one seed shares among all SAEs."""
+    """Data of one seed, shared by all SAEs."""
 
     seed: int
     words: list[str]
-    """The training part first."""
+    """Words of the training part, then of the test part."""
     data: Labelled
     probe: LinearProbe
     key: dict[str, Any]
-    """What the probe depends on."""
+    """Everything that the probe depends on, as a key of the cache."""
 
 
 def letter_of(word: str) -> str:
@@ -67,9 +67,10 @@ def letter_of(word: str) -> str:
 
 
 def words_of(tokenizer: Any, kind: Literal["all", "spaced"]) -> dict[str, int]:
-    """Vocabulary entries of A-Z and a-z, with a leading space or none, that come back as themselves: text and id.
+    """Text and id of vocabulary entries that consist of A-Z and a-z, with or without a leading space.
 
-    SAEBench keeps entries too that the tokenizer never writes for their own text, and reads another token there.
+    Only entries that the tokenizer uses to encode their own text are included. SAEBench also includes the others, and
+    thus reads a different token for them.
     """
     entries = {text: index for text, index in alphabetic_tokens(tokenizer) if kind == "all" or text[0] == " "}
     if not entries:
@@ -79,13 +80,14 @@ def words_of(tokenizer: Any, kind: Literal["all", "spaced"]) -> dict[str, int]:
 
 
 def draw(words: Sequence[str], settings: FirstLetterSettings, seed: int) -> Draw:
-    """Split the words 80/20 and draw examples; no example is one of the group's words, however it is written.
+    """Split the words 80/20 and draw examples; no example is a word of the group, whatever its case and spacing.
 
     Raises:
-        ValueError: a template without one {word}, too few words, or a letter that no training word begins with.
+        ValueError: the template does not contain {word} exactly once, there are too few words, or no training word
+            begins with some letter.
     """
     if settings.template.count("{word}") != 1:
-        raise ValueError(f"template: got {settings.template!r}; accepted are texts with {{word}} in them once")
+        raise ValueError(f"template: got {settings.template!r}; accepted are texts that contain {{word}} exactly once")
     rng = random.Random(seed)
     ordered = sorted(words)
     shuffled = rng.sample(ordered, min(settings.max_words or len(ordered), len(ordered)))
@@ -93,8 +95,8 @@ def draw(words: Sequence[str], settings: FirstLetterSettings, seed: int) -> Draw
     missing = sorted(set(LETTERS.upper()) - {letter_of(word) for word in shuffled[:train]})
     if missing:
         raise ValueError(
-            f"tokenizer: none of {train} training words begins with {', '.join(missing)}; its vocabulary has "
-            f"{len(ordered)} entries of letters alone (max_words: {settings.max_words}), and every letter needs some"
+            f"tokenizer: none of {train} training words begins with {', '.join(missing)}, but every letter needs some; "
+            f"the vocabulary has {len(ordered)} entries that consist of letters (max_words: {settings.max_words})"
         )
     groups = []
     for part in (shuffled[:train], shuffled[train:]):
@@ -105,7 +107,7 @@ def draw(words: Sequence[str], settings: FirstLetterSettings, seed: int) -> Draw
             enough = settings.examples + sum(spellings[word] for word in taken)
             if enough > len(part):
                 raise ValueError(
-                    f"tokenizer: {len(part)} words are too few for {settings.examples} examples beside the "
+                    f"tokenizer: {len(part)} words are too few for {settings.examples} examples in addition to the "
                     f"{len(group)} words that share them; at least {enough} are needed"
                 )
             chosen = [word for word in rng.sample(part, enough) if _plain(word) not in taken][: settings.examples]
@@ -121,10 +123,13 @@ def token_rows(
     settings: FirstLetterSettings,
     prepend_bos: bool | None = None,
 ) -> list[list[int]]:
-    """Each word's prompt as token ids, BOS first as `data.prepend_bos` has it, up to the position that is read.
+    """Each word's prompt as token ids, up to the position whose activations are read.
+
+    Arguments:
+        prepend_bos: as `data.prepend_bos`.
 
     Raises:
-        ValueError: at that position stands another token than the word's.
+        ValueError: the token at that position is not the word's.
     """
     line = f"\n{settings.template}"
     texts = [opening + line.replace("{word}", word) for group, opening in drawn.groups for word in group]
@@ -136,9 +141,10 @@ def token_rows(
     if wrong:
         found = read[wrong[0]]
         raise ValueError(
-            f"position: {position} of {texts[wrong[0]][-60:]!r} holds "
-            f"{'nothing' if found is None else repr(tokenizer.decode([found]))} and not the token of "
-            f"{drawn.words[wrong[0]]!r} (so for {len(wrong)} of {len(rows)} words); choose another position or template"
+            f"position: the token at {position} of {texts[wrong[0]][-60:]!r} is "
+            f"{'missing' if found is None else repr(tokenizer.decode([found]))}, not the token of "
+            f"{drawn.words[wrong[0]]!r} (likewise for {len(wrong)} of {len(rows)} words); choose another position or "
+            "template"
         )
     bos = bos_of(tokenizer, prepend_bos)
     opening = [] if bos is None else [bos]
@@ -146,10 +152,10 @@ def token_rows(
 
 
 def read_activations(lm: LanguageModel, rows: list[list[int]], sizes: Sequence[int], bar: Any) -> Tensor:
-    """Activations `[n, D]` at the end of each row; what the rows of a group have in common is read once.
+    """Activations `[n, D]` at the end of each row; the common prefix of a group's rows is read only once.
 
     Arguments:
-        sizes: rows of each group, which stand one after the other.
+        sizes: number of rows per group; groups are consecutive.
         bar: a progress bar.
     """
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -164,7 +170,7 @@ def read_activations(lm: LanguageModel, rows: list[list[int]], sizes: Sequence[i
         for some in (firsts[i : i + step] for i in range(0, len(firsts), step)):
             index = [i for first in some for i in range(first, first + size)]
             tails = [rows[i][shared:] for i in index]
-            longest = max(map(len, tails))  # what fills up a row stands behind the position that is read
+            longest = max(map(len, tails))  # padding comes after the position that is read, so it has no effect
             ids_RT = torch.tensor([tail + [tail[-1]] * (longest - len(tail)) for tail in tails])
             openings = torch.tensor([rows[first][:shared] for first in some])
             x_RTD = lm.continuations(openings, ids_RT) if shared else lm.activations(ids_RT)
@@ -175,7 +181,7 @@ def read_activations(lm: LanguageModel, rows: list[list[int]], sizes: Sequence[i
 
 
 def collect(bench: Bench, words: dict[str, int], settings: FirstLetterSettings, seed: int) -> Collection:
-    """Activations of every word and the ground-truth probe, from the cache on disk where they are.
+    """Activations of all words and the ground-truth probe, from the cache on disk if they are there.
 
     Raises:
         ValueError: see `draw` and `token_rows`.
@@ -197,7 +203,7 @@ def collect(bench: Bench, words: dict[str, int], settings: FirstLetterSettings, 
 
 
 def counted_words(bench: Bench, found: Collection, rule: Counting) -> tuple[Collection, LeftOut]:
-    """The words whose activations count, with a ground-truth probe of their own where some do not."""
+    """The words whose activations count; if some do not, with a ground-truth probe trained on the others."""
     data = found.data
     train_B, test_B = rule.of(data.x_train_BD), rule.of(data.x_test_BD)
     count_n = torch.cat([train_B, test_B])
@@ -213,7 +219,7 @@ def counted_words(bench: Bench, found: Collection, rule: Counting) -> tuple[Coll
 
 
 def _probe(bench: Bench, data: Labelled, key: dict[str, Any]) -> LinearProbe:
-    """The ground-truth probe, from the cache on disk where it is."""
+    """The ground-truth probe, from the cache on disk if it is there."""
 
     def train() -> dict[str, Tensor]:
         return one_vs_rest_probe(data.x_train_BD, data.y_train_B, len(LETTERS), seed=key["seed"])._asdict()

@@ -1,6 +1,6 @@
-"""Linear probes with a definition fixed by the field: the ground-truth probe of first-letter absorption.
+"""The ground-truth probe of first-letter absorption, defined as in SAEBench.
 
-D width of the activations · C classes.
+B samples · D width of the activations · C classes.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from torch.nn import functional as F
 
 
 class LinearProbe(NamedTuple):
-    """One linear direction a class, each against the rest."""
+    """One-vs-rest linear probes, one per class."""
 
     weight_CD: Tensor
     bias_C: Tensor
 
     def logits(self, x_BD: Tensor) -> Tensor:
-        """Logits `[B, C]`; a sample is called positive where its logit is above 0."""
+        """Logits `[B, C]`; a sample is classified as positive if its logit is above 0."""
         return x_BD @ self.weight_CD.T + self.bias_C
 
 
 def one_vs_rest_probe(
     x_BD: Tensor, labels_B: Tensor, classes: int, *, epochs: int = 50, batch: int = 64, seed: int = 0
 ) -> LinearProbe:
-    """Train `classes` one-against-the-rest logistic probes together, as SAEBench 0.6.0 trains its ground truth.
+    """Train one-vs-rest logistic probes jointly, as SAEBench 0.6.0 trains its ground-truth probes.
 
-    Binary cross-entropy with pos_weight n_negative/n_positive, Adam from 1e-2 to 1e-5 exponentially over the
-    epochs, weight decay 1e-4.
+    Binary cross-entropy with pos_weight n_negative/n_positive; Adam with weight decay 1e-4 and a learning rate that
+    decays exponentially from 1e-2 to 1e-5 over the epochs.
 
     Raises:
-        ValueError: a class has no sample, so that its weight is undefined.
+        ValueError: a class has no sample, so its pos_weight is undefined.
     """
     positives_C = torch.bincount(labels_B, minlength=classes).to(x_BD)
     if bool((positives_C == 0).any()):
@@ -56,7 +56,7 @@ def one_vs_rest_probe(
 
 
 def f1_per_class(probe: LinearProbe, x_BD: Tensor, labels_B: Tensor) -> Tensor:
-    """F1 of each class's probe on labelled samples, `[C]`; 0 where neither a prediction nor a label is positive."""
+    """F1 of each class's probe on labelled samples, `[C]`; 0 if neither a prediction nor a label is positive."""
     predicted_BC = probe.logits(x_BD) > 0
     actual_BC = F.one_hot(labels_B, len(probe.bias_C)).bool()
     hits_C = (predicted_BC & actual_BC).sum(0)

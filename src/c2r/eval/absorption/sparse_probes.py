@@ -1,6 +1,7 @@
-"""k-sparse probes: which latents tell a class from the rest, and how well the best k of them do.
+"""k-sparse probes: which latents distinguish a class from the rest, and how well the best k of them classify it.
 
-B labelled samples · C classes · F latents · K largest number of latents in a probe · A samples that are not all zero.
+B labelled samples · C classes · F latents · N non-zeros · K largest number of latents in a probe · U latents used by
+any probe · A samples after merging those that are all zero.
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ def l1_probe(
     batch: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Weights `[C, F]` of one-against-the-rest probes on activations, with L1: SAEBench 0.6.0's choice of latents.
+    """Weights `[C, F]` of one-vs-rest probes on activations with an L1 penalty, by which SAEBench 0.6.0 ranks latents.
 
-    Binary cross-entropy with pos_weight n_negative/n_positive + `l1`·(mean over classes of Σ|w|), Adam from 1e-2 to
-    1e-5 exponentially over the epochs, L2 1e-6. Three departures. Weights start at 0 and not at random, so that the
-    latents' order plays no part, and one that never fires has weight 0. Batches are drawn once and come in another
-    order each epoch. And `batch` is 4096 only where that makes at least 16 batches: with few samples, 50 epochs of
-    one batch leave which latent ranks first to chance (docs/reference/metrics.md has what that does).
+    The loss is binary cross-entropy with pos_weight n_negative/n_positive, plus `l1`·(mean over classes of Σ|w|); the
+    optimiser is Adam with L2 1e-6 and a learning rate that decays exponentially from 1e-2 to 1e-5 over the epochs.
+    There are three differences from SAEBench. Weights start at 0 instead of random values, so that results do not
+    depend on the order of latents and latents that never fire keep weight 0. Batches are drawn once, and only their
+    order changes between epochs. And `batch` is 4096 only if that gives at least 16 batches: with few samples, 50
+    epochs of a single batch leave the ranking to chance (docs/reference/metrics.md shows the effect).
 
     Arguments:
-        batch: samples of a batch; None: 4096, or a sixteenth of the samples where that is less.
+        batch: samples per batch; None: 4096, or a sixteenth of the samples if that is less.
 
     Raises:
-        ValueError: a class has no sample, so that its weight is undefined.
+        ValueError: a class has no sample, so its pos_weight is undefined.
     """
     positives_C = torch.bincount(labels_B, minlength=classes).to(acts.values_N)
     if bool((positives_C == 0).any()):
@@ -55,7 +57,7 @@ def l1_probe(
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=(1e-5 / 1e-2) ** (1 / epochs))
     drawn = torch.randperm(len(labels_B), generator=generator).to(labels_B.device).split(batch)
     batches = [(take(acts, rows), targets_BC[rows]) for rows in drawn]
-    with threadpool_limits(1):  # the steps are so small that threads cost more than they save
+    with threadpool_limits(1):  # the steps are too small to profit from threads
         for _ in range(epochs):
             for i in torch.randperm(len(batches), generator=generator).tolist():
                 optimizer.zero_grad()
@@ -68,11 +70,11 @@ def l1_probe(
 
 
 def k_sparse_f1(train: Codes, labels_B: Tensor, test: Codes, test_labels_B: Tensor, ranked_CK: Tensor) -> Tensor:
-    """Test F1 `[C, K]` of logistic regressions on the first 1 … K latents that `ranked_CK` names for each class.
+    """Test F1 `[C, K]` of logistic regressions on the first 1, 2, …, K latents of each class in `ranked_CK`.
 
-    The regression is scikit-learn's `LogisticRegression(max_iter=500, class_weight="balanced")`. Samples on which
-    none of a class's K latents fires are alike: they enter as one sample of each label, weighted by their number,
-    which leaves the objective what it was.
+    The regression is scikit-learn's `LogisticRegression(max_iter=500, class_weight="balanced")`. Samples on which none
+    of a class's K latents fires are identical, so they are merged into one sample per label, weighted by their number;
+    the objective stays the same.
     """
     from threadpoolctl import threadpool_limits
 
@@ -80,7 +82,7 @@ def k_sparse_f1(train: Codes, labels_B: Tensor, test: Codes, test_labels_B: Tens
     train_BU, test_BU = (_columns(acts, latents_U) for acts in (train, test))
     labels, test_labels = labels_B.cpu().numpy(), test_labels_B.cpu().numpy()
     f1_CK = np.zeros(tuple(ranked_CK.shape))
-    with threadpool_limits(1):  # the problems are so small that threads cost more than they save
+    with threadpool_limits(1):  # the problems are too small to profit from threads
         for c, at_K in enumerate(at_CK.cpu().numpy()):
             x_AK, y_A, weight_A = _collapsed(train_BU[:, at_K], labels == c)
             for k in range(1, len(at_K) + 1):
@@ -91,7 +93,7 @@ def k_sparse_f1(train: Codes, labels_B: Tensor, test: Codes, test_labels_B: Tens
 
 
 def _columns(acts: Codes, latents_U: Tensor) -> np.ndarray:
-    """The activations of `latents_U` (ascending), dense `[B, U]`."""
+    """Dense activations `[B, U]` of `latents_U`, which must be ascending."""
     place_N = torch.searchsorted(latents_U, acts.support.latents_N).clamp(max=len(latents_U) - 1)
     kept_N = latents_U[place_N] == acts.support.latents_N
     dense_BU = acts.values_N.new_zeros(acts.support.batch, len(latents_U))
@@ -100,7 +102,7 @@ def _columns(acts: Codes, latents_U: Tensor) -> np.ndarray:
 
 
 def _collapsed(x_BK: np.ndarray, y_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Samples, labels and balanced weights, samples that are all zero joined."""
+    """Samples, labels and balanced weights, with samples that are all zero merged."""
     active_B = x_BK.any(1)
     x_AK = np.concatenate([x_BK[active_B], np.zeros_like(x_BK[:2])])
     y_A = np.append(y_B[active_B], [False, True])
@@ -111,11 +113,11 @@ def _collapsed(x_BK: np.ndarray, y_B: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _regression(x_AK: np.ndarray, y_A: np.ndarray, weight_A: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Logistic regression as scikit-learn fits it, and as a function that says which samples are positive.
+    """Fit a logistic regression like scikit-learn's; return a function that predicts which samples are positive.
 
-    Mean weighted cross-entropy + Σw²/(2·Σweight), the intercept free, by L-BFGS from 0 with scikit-learn's stopping
-    rules; they are part of the result, since it stops well before the optimum. Many small regressions cost a fifth of
-    the time without its checks.
+    Minimises mean weighted cross-entropy + Σw²/(2·Σweight), with an unpenalised intercept, by L-BFGS from 0. It uses
+    scikit-learn's stopping rules, which matter because it stops well before the optimum, but not its input checks:
+    for many small regressions this takes a fifth of the time.
     """
     from scipy.optimize import minimize
 

@@ -1,1 +1,1 @@
-"""The audit: what stands out in one SAE."""
+"""The audit: a description of one SAE in plain words."""

@@ -1,4 +1,4 @@
-"""The audit of one SAE: findings in plain words, the pairs to read, and what was not looked at."""
+"""The audit of one SAE: findings in plain words, pairs of latents to read, and what was not examined."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from c2r.progress import progress_bar
 from c2r.sae.model import SAE
 
 NOT_LOOKED_AT = (
-    "What the language model makes of the reconstruction (CE recovered, KL): c2r eval --suite core.",
-    "Whether a feature hides in its more specific ones (absorption): c2r eval --suite absorption.",
-    "Whether latents stand for what people would name: c2r eval --suite probing, autointerp.",
-    "Whether another seed finds the same latents: c2r eval --suite stability, with SAEs that differ in seed alone.",
-    "Any text or place in the model but this one; the co-firing of pairs that are not nearest neighbours.",
+    "How well the language model works with the reconstruction (CE recovered, KL): c2r eval --suite core.",
+    "Whether more specific latents fire instead of general ones (absorption): c2r eval --suite absorption.",
+    "Whether latents correspond to concepts that people can name: c2r eval --suite probing,autointerp.",
+    "Whether another seed finds the same latents: c2r eval --suite stability, with SAEs that differ only in the seed.",
+    "Other text and other hook points of the model; the co-firing of latents that are not nearest neighbours.",
 )
 
 
 def evaluate_audit(bench: Bench, name: str, sae: SAE) -> Outcome:
-    """The findings on the bench's text, the pairs to read, and what was not looked at."""
+    """Findings on the bench's text, pairs of latents to read, and what was not examined."""
     text = counted(bench, name, sae)
     with progress_bar(bench.console) as bar:
         seen = look(sae, text.x_kD, partial(bar.track, description=f"audit {escape(name)}"))
@@ -54,11 +54,11 @@ def _outliers(left_out: LeftOut) -> list[str]:
 
 
 def _text_of_training(bench: Bench, sae: SAE) -> list[str]:
-    """For an SAE that is not ours, read on Python source for want of better."""
+    """A note for SAEs of other libraries that were evaluated on Python source, the default text."""
     if "c2r" in sae.config or bench.data.source != "stdlib":
         return []
     named = sae.config.get("metadata", {}).get("dataset_path")
     return [
         f"The text it was trained on ({named or 'its file does not say which'}): this is Python source, which may be "
-        "strange to it, and latents for other text look dead. Another text: --source hf --path ID, or --path FILE."
+        "unfamiliar to it, so latents for other text look dead. Set source and path to use other text."
     ]

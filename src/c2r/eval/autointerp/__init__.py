@@ -1,1 +1,1 @@
-"""Automatic interpretability: a judge explains latents and is scored."""
+"""Automatic interpretability: a language model explains latents, and its explanations are scored."""

@@ -1,4 +1,4 @@
-"""What a judge of latents is asked, and how its answers are read."""
+"""The prompts for the judge, and the parsing of its answers."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ _DETECT = (
 
 
 class Nonsense(ValueError):
-    """An answer that says nothing of what was asked."""
+    """An answer that cannot be parsed."""
 
 
 class Question(NamedTuple):
-    """One latent as the judge sees it."""
+    """What the judge is shown of one latent."""
 
     latent: int
     fired: int
-    """Tokens of the text on which it fires."""
+    """Number of tokens of the text on which it fires."""
     explain: list[str]
-    """Windows for the explanation, firing tokens marked."""
+    """Windows for the explanation, with firing tokens marked."""
     windows: list[str]
-    """Windows to tell apart, shuffled."""
+    """Windows to classify, shuffled."""
     fires: list[bool]
-    """In which of `windows` it fires."""
+    """Whether the latent fires in each of `windows`."""
 
 
 def explain_messages(question: Question) -> Messages:
-    """Asks for an explanation."""
+    """Messages that ask for an explanation."""
     return [{"role": "system", "content": _EXPLAIN}, {"role": "user", "content": _numbered(question.explain)}]
 
 
 def detect_messages(question: Question, explanation: str) -> Messages:
-    """Asks in which windows the latent fires."""
+    """Messages that ask in which windows the latent fires."""
     return [
         {"role": "system", "content": _DETECT.format(count=len(question.windows))},
         {"role": "user", "content": f"The feature fires on: {explanation}\n\n{_numbered(question.windows)}"},
@@ -58,10 +58,10 @@ def detect_messages(question: Question, explanation: str) -> Messages:
 
 
 def read_explanation(answer: str) -> str:
-    """The explanation in an answer, on one line, thinking left out.
+    """The explanation in an answer, on one line, without the model's thinking.
 
     Raises:
-        Nonsense: nothing is left, or far more than a sentence.
+        Nonsense: it is empty or too long.
     """
     text = " ".join(_spoken(answer).split())
     if not text or len(text) > LONGEST_EXPLANATION:
@@ -70,10 +70,10 @@ def read_explanation(answer: str) -> str:
 
 
 def read_numbers(answer: str, count: int) -> set[int]:
-    """The numbers of windows, 1 to `count`, that an answer names: `2, 5`, `[2, 5]`, `2 and 5`, `None`.
+    """The window numbers, 1 to `count`, in an answer such as `2, 5`, `[2, 5]`, `2 and 5` or `None`.
 
     Raises:
-        Nonsense: it is anything else.
+        Nonsense: the answer has any other form.
     """
     text = _spoken(answer).strip(" \t\r\n`*\"'.")
     text = re.sub(r"^(the )?(answer|excerpt|number)s?[\s:]+", "", text, flags=re.IGNORECASE)
@@ -86,12 +86,12 @@ def read_numbers(answer: str, count: int) -> set[int]:
         raise Nonsense(f"the answer is not a list of numbers: {text[:80]!r}")
     named = {int(number) for number in numbers}
     if wrong := sorted(number for number in named if not 1 <= number <= count):
-        raise Nonsense(f"the answer names excerpt {wrong[0]} of {count}")
+        raise Nonsense(f"the answer contains excerpt {wrong[0]} of {count}")
     return named
 
 
 def judge_latent(judge: Judge, question: Question) -> dict[str, Any]:
-    """Explain and score one latent; where the judge failed, `failed` says why and there is no score.
+    """Explain and score one latent. If the judge failed, there is no score, and `failed` contains the reason.
 
     Raises:
         JudgeDown: see `Judge.ask`.
@@ -114,7 +114,7 @@ def judge_latent(judge: Judge, question: Question) -> dict[str, Any]:
 
 
 def unanswered(judge: Judge, question: Question) -> list[Messages]:
-    """Which of the two requests for a latent are not on disk; an explanation not known yet is taken for a line."""
+    """Those of a latent's two requests whose answers are not on disk, with a placeholder for an unknown explanation."""
     explain = explain_messages(question)
     answer = judge.known(explain)
     if answer is None:
@@ -132,7 +132,7 @@ def _share(outcomes: Any) -> float:
 
 
 def _spoken(answer: str) -> str:
-    """An answer without the thinking that some models put before it."""
+    """An answer without the thinking that some models write first."""
     return answer.rpartition("</think>")[2]
 
 

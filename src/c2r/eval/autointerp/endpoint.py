@@ -1,7 +1,7 @@
-"""One request to an OpenAI-compatible chat endpoint, tried again where that can help.
+"""Requests to an OpenAI-compatible chat endpoint, with retries.
 
-The key comes from the environment, is sent as a header and goes nowhere else: no file, no message, no other host. It
-travels encrypted, or not beyond this machine, unless the caller allows otherwise.
+The API key is read from the environment and only ever sent as a header to the endpoint: it is not written to files or
+messages and not sent to other hosts. Unless the caller allows it, it is not sent unencrypted to another machine.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from c2r.config.evaluations import KEY, Patience
 
 OPENAI_KEY, OPENAI = "OPENAI_API_KEY", "https://api.openai.com/"
 LONGEST_WAIT = 300.0
-"""Seconds; an endpoint that asks for more is not waited for."""
+"""Seconds; if an endpoint asks to wait longer, the request fails."""
 _FATAL = {
-    401: f"the key is not accepted; set {KEY} (the endpoint's key) in the environment",
-    403: f"access is refused; the key in {KEY} may be another's, or may not use this model",
-    404: "no such address or model; a base address mostly ends in /v1",
-    405: "the address takes no such requests; a base address mostly ends in /v1",
+    401: f"the API key was rejected; set {KEY} in the environment to the endpoint's key",
+    403: f"access was refused; the key in {KEY} may belong to another endpoint, or may not have access to this model",
+    404: "address or model not found; most base addresses end in /v1",
+    405: "the address does not accept such requests; most base addresses end in /v1",
 }
-"""Every other request would meet the same."""
+"""HTTP statuses that every other request would get too."""
 _PASSING = {408, 409, 425, 429}
 
 
 class JudgeError(RuntimeError):
-    """One request failed, further tries included."""
+    """One request failed, including its retries."""
 
 
 class JudgeDown(RuntimeError):
-    """No request can succeed for now; what was answered is kept."""
+    """No request can succeed at the moment; answers received so far are kept."""
 
 
 class Endpoint:
-    """A chat endpoint; safe to use from several threads.
+    """A chat endpoint; thread-safe.
 
     Arguments:
-        address: where requests are posted.
-        environ: where the key is looked up: `C2R_JUDGE_KEY`; for OpenAI's own address also `OPENAI_API_KEY`. A local
-            endpoint may need none.
-        key_in_clear: whether a key may be sent to another machine over http, where anyone on the way can read it.
+        address: URL to which requests are posted.
+        environ: environment variables. The key is `C2R_JUDGE_KEY` or, for OpenAI's own address, `OPENAI_API_KEY`; a
+            local endpoint may need none.
+        key_in_clear: allow sending the key unencrypted (http) to another machine, where anyone on the way can read it.
 
     Raises:
-        ValueError: a key that no header can carry, or that would be sent in clear without being allowed to.
+        ValueError: the key contains characters that headers forbid, or would be sent unencrypted without permission.
     """
 
     def __init__(
@@ -60,33 +60,33 @@ class Endpoint:
     ) -> None:
         self.address, self.patience = address, patience
         self.requests = 0
-        """Requests that were sent, further tries included."""
+        """Number of requests sent, including retries."""
         self._key = _key(address, environ)
         here = _is_this_machine(address)
         if self._key and not (here or key_in_clear or urlsplit(address).scheme == "https"):
             raise ValueError(
-                f"judge url: {address} is http, and the key in the environment would be sent to another machine in "
-                f"clear; accepted are https, or http on this machine. Unset {KEY} if the endpoint needs no key, or "
-                "allow it with key_in_clear"
+                f"judge.url: {address} is http, so the API key in the environment would be sent unencrypted to another "
+                f"machine; accepted are https, or http on this machine. Unset {KEY} if the endpoint needs no key, or "
+                "set judge.key_in_clear to allow this"
             )
         self._stop, self._lock, self._reason = threading.Event(), threading.Lock(), ""
         handlers: list[Any] = [_NoRedirect]
         if here:
-            handlers.append(urllib.request.ProxyHandler({}))  # a proxy would be another machine
+            handlers.append(urllib.request.ProxyHandler({}))  # no proxy, which would be another machine
         self._opener = urllib.request.build_opener(*handlers)
 
     def stop(self, reason: str = "stopped") -> None:
-        """Begin no further request, for the first `reason` that is given; those under way are finished."""
+        """Send no further requests; pending ones finish. If called several times, the first `reason` is reported."""
         with self._lock:
             self._reason = self._reason or reason
         self._stop.set()
 
     def complete(self, body: dict[str, Any]) -> str:
-        """The text that the endpoint answers a chat completion's `body` with.
+        """The text of the endpoint's answer to a chat completion request with this `body`.
 
         Raises:
             JudgeError: this request failed.
-            JudgeDown: all would (the key, the address); or `stop` was called.
+            JudgeDown: all requests would fail (wrong key or address), or `stop` was called.
         """
         fault = ""
         for attempt in range(self.patience.attempts):
@@ -98,10 +98,10 @@ class Endpoint:
                 fault, asked = str(passing), passing.wait
             wait = max(asked or 0.0, self.patience.first_wait * 2**attempt * random.uniform(0.75, 1.25))
             if wait > LONGEST_WAIT:
-                raise JudgeError(f"{fault}; the endpoint asks to wait {wait:.0f} s")
+                raise JudgeError(f"{fault}; the endpoint asks to wait {wait:.0f} s, which is too long")
             if attempt + 1 < self.patience.attempts:
                 self._stop.wait(wait)
-        raise JudgeError(f"{fault} ({self.patience.attempts} tries)")
+        raise JudgeError(f"{fault} ({self.patience.attempts} attempts)")
 
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", "User-Agent": "c2r"}
@@ -123,10 +123,10 @@ class Endpoint:
             raise _Passing(self._clean(f"connection lost: {error or type(error).__name__}")) from None
 
     def _fault(self, status: int, retry_after: str | None, words: str) -> Exception:
-        if status in _FATAL:  # without the endpoint's own words: they may repeat parts of the key
+        if status in _FATAL:  # without the endpoint's own message, which may contain parts of the key
             return JudgeDown(f"status {status} from {self.address}: {_FATAL[status]}")
         if 300 <= status < 400:
-            return JudgeDown(f"status {status} from {self.address}: it points elsewhere, which is not followed")
+            return JudgeDown(f"status {status} from {self.address}: it redirects to another address; not followed")
         message = self._clean(f"status {status}: {words}")
         return _Passing(message, _seconds(retry_after)) if status in _PASSING or status >= 500 else JudgeError(message)
 
@@ -137,16 +137,16 @@ class Endpoint:
             start = raw[:80].decode(errors="replace")
             raise JudgeError(self._clean(f"the answer is not a chat completion: {start!r}")) from None
         if not isinstance(answer, str) or not answer.strip():
-            raise JudgeError("the answer has no text")
+            raise JudgeError("the answer contains no text")
         return self._clean(answer)
 
     def _clean(self, text: str) -> str:
-        """`text` without the key, which an endpoint may repeat; a key as short as `EMPTY` is none."""
+        """`text` without the key, which an endpoint may echo; short keys, such as `EMPTY`, are placeholders."""
         return text.replace(self._key, "[key]") if len(self._key) >= 8 else text
 
 
 class _Passing(Exception):
-    """A fault that may be gone the next time."""
+    """A fault that may be temporary."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
@@ -154,14 +154,14 @@ class _Passing(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
+    """Do not follow redirects, which would send the key to another host."""
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
 
 
 def _is_this_machine(address: str) -> bool:
-    """Whether requests do not leave this machine: localhost, or an address of the loopback interface."""
+    """Whether requests stay on this machine: localhost, or an address of the loopback interface."""
     host = (urlsplit(address).hostname or "").rstrip(".")
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -173,14 +173,14 @@ def _key(address: str, environ: Mapping[str, str]) -> str:
     for name in (KEY, OPENAI_KEY) if address.startswith(OPENAI) else (KEY,):
         key = environ.get(name, "").strip()
         if not (key.isascii() and key.isprintable()):
-            raise ValueError(f"{name}: the key in the environment holds characters that no header can carry")
+            raise ValueError(f"{name}: the key in the environment contains characters that are not allowed in a header")
         if key:
             return key
     return ""
 
 
 def _read(response: http.client.HTTPResponse, timeout: float) -> bytes:
-    """The whole body, within `timeout` seconds also where it comes in drops."""
+    """The whole body, within `timeout` seconds in total even if it arrives in small parts."""
     end, parts = time.monotonic() + timeout, []
     while part := response.read1(65536):
         parts.append(part)
@@ -192,7 +192,7 @@ def _read(response: http.client.HTTPResponse, timeout: float) -> bytes:
 
 
 def _words_of(error: urllib.error.HTTPError) -> str:
-    """What the endpoint says of a fault, in one line."""
+    """The endpoint's error message, on one line."""
     try:
         raw = error.read(4096)
     except (OSError, http.client.HTTPException):
@@ -206,7 +206,7 @@ def _words_of(error: urllib.error.HTTPError) -> str:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """What Retry-After asks for, in either of its forms; None where it is absent or senseless."""
+    """Seconds to wait according to Retry-After, in either of its forms; None if it is absent or invalid."""
     if retry_after is None:
         return None
     try:

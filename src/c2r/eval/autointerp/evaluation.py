@@ -1,11 +1,11 @@
-"""Autointerp: a language model explains a latent from windows of text, and is scored on telling others apart by it.
+"""Autointerp: a language model (the judge) explains a latent, and predicts from the explanation where it fires.
 
-Detection as in Paulo et al. 2024 (arXiv 2410.13928), with the windows and the score of SAEBench 0.6.0: the judge reads
-the explanation and a shuffled list of windows, and names those in which the latent fires; the score of a latent is the
-share of windows that it is right about. Departures from SAEBench: windows of silence are verified to be silent, no
-window to be scored overlaps or repeats one that the explanation came from, the balanced accuracy stands beside the
-score (who names no window is right about 10 of 14), and an answer that cannot be read is counted as a failed latent
-instead of being left out in silence.
+Detection scoring as in Paulo et al. 2024 (arXiv 2410.13928), with the windows and the score of SAEBench 0.6.0: the
+judge reads the explanation and a shuffled list of windows, and names those in which the latent fires; the score of a
+latent is the share of windows classified correctly. Differences from SAEBench: in windows labelled silent, the latent
+is verified not to fire; no scored window overlaps or repeats one used for the explanation; the balanced accuracy is
+reported too (naming no window is correct for 10 of 14); and an answer that cannot be parsed is counted as a failed
+latent instead of being dropped.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ NEEDED = "judge: not given; autointerp needs the url and the model of an OpenAI-
 
 
 class Plan(NamedTuple):
-    """What the judge is asked about one SAE."""
+    """The questions for the judge about one SAE."""
 
     questions: list[Question]
     alive: int
     passed_over: int
-    """Latents that were drawn, and for which the text has too few windows."""
+    """Latents that were drawn but skipped, because the text has too few windows for them."""
     left_out: LeftOut
 
 
 class Budget(NamedTuple):
-    """What is to be asked before the last answer is there."""
+    """Number and size of the requests that are still to be sent."""
 
     requests: int
-    """Tries after a failure come on top."""
+    """Requests, not counting retries."""
     kept: int
-    """Answers on disk."""
+    """Answers already on disk."""
     tokens_in: int
-    """A token taken for four characters."""
+    """Tokens of the requests, estimated as four characters per token."""
     tokens_out: int
 
     @classmethod
     def of(cls, judge: Judge, plans: list[Plan]) -> Budget:
-        """Count what `judge` has not answered yet."""
+        """The budget for all requests that `judge` has not answered yet."""
         questions = [question for plan in plans for question in plan.questions]
         asked = [(question, messages) for question in questions for messages in unanswered(judge, question)]
         characters = sum(len(message["content"]) for _, messages in asked for message in messages)
@@ -66,33 +66,33 @@ class Budget(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.requests:,} requests, about {self.tokens_in:,} tokens to it and {self.tokens_out:,} from it "
-            f"(thinking not counted); {self.kept:,} answers are kept from before"
+            f"{self.requests:,} requests, about {self.tokens_in:,} input tokens and {self.tokens_out:,} output tokens "
+            f"(not counting thinking); {self.kept:,} answers are already on disk"
         )
 
 
 def make_plan(bench: Bench, name: str, sae: SAE, latents: int) -> Plan:
     """Draw alive latents at random, and windows of the bench's text for each.
 
-    Windows are of the whole text; on a token that does not count (an outlier) no latent is taken to fire.
+    Windows may contain outliers, tokens that do not count; latents are treated as silent on these.
 
     Raises:
-        ValueError: no latent has windows enough.
+        ValueError: no latent has enough windows.
     """
     found = counted(bench, name, sae)
     text, firings = Text(found.text, COUNTS.radius), Firings(sae, found.text.x_nD, count_n=found.count_n)
     alive = firings.fired_F.nonzero().squeeze(1).numpy()
     questions: list[Question] = []
-    passed_over, reason = 0, "none fires"
+    passed_over, reason = 0, "no latent fires"
     for latent in np.random.default_rng(bench.config.seed).permutation(alive).tolist():
         if len(questions) == latents:
             break
         try:
             questions.append(_question(bench, text, firings, latent))
         except ValueError as error:
-            passed_over, reason = passed_over + 1, f"latent {latent} has {error}"
+            passed_over, reason = passed_over + 1, f"latent {latent} has only {error}"
     if not questions:
-        raise ValueError(f"tokens: in {len(text.ids_n):,} tokens no latent has windows enough to be judged; {reason}")
+        raise ValueError(f"tokens: {len(text.ids_n):,} tokens contain too few windows to judge any latent; {reason}")
     return Plan(questions, len(alive), passed_over, found.left_out)
 
 
@@ -113,9 +113,9 @@ def _question(bench: Bench, text: Text, firings: Firings, latent: int) -> Questi
 
 
 def judge_plan(bench: Bench, judge: Judge, plan: Plan, name: str) -> list[dict[str, Any]]:
-    """Judge the latents of a plan, `judge.config.workers` of them at once; see `judge_latent` for what is found.
+    """Judge the latents of a plan, `judge.config.workers` concurrently; results are as from `judge_latent`.
 
-    When this is interrupted, answers under way are waited for and kept.
+    If this is interrupted, pending answers are awaited and kept.
 
     Raises:
         JudgeDown: see `Judge.ask`.
@@ -126,7 +126,7 @@ def judge_plan(bench: Bench, judge: Judge, plan: Plan, name: str) -> list[dict[s
             for future in bar.track(as_completed(futures), len(futures), description=f"autointerp, {escape(name)}"):
                 future.result()
         except BaseException:
-            bench.console.print("stopping; answers under way are waited for and kept")
+            bench.console.print("stopping; waiting for pending answers, which are kept")
             judge.stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -134,16 +134,16 @@ def judge_plan(bench: Bench, judge: Judge, plan: Plan, name: str) -> list[dict[s
 
 
 def summarise(name: str, config: JudgeConfig, plan: Plan, found: list[dict[str, Any]]) -> Outcome:
-    """Means over scored latents.
+    """The outcome for one SAE, with means over scored latents.
 
     Raises:
-        ValueError: more latents failed than have a score.
+        ValueError: more latents failed than were scored.
     """
     scored = [latent for latent in found if "score" in latent]
     reasons = [latent["failed"] for latent in found if "failed" in latent]
     if len(reasons) > len(scored):
         said = "; ".join(list(dict.fromkeys(reasons))[:3])
-        raise ValueError(f"the judge failed on {len(reasons)} of {len(found)} latents, so there is no score: {said}")
+        raise ValueError(f"no score, because the judge failed on {len(reasons)} of {len(found)} latents: {said}")
     score, hits, silences = (
         [latent[key] for latent in scored] for key in ("score", "true_positive_rate", "true_negative_rate")
     )
@@ -182,9 +182,9 @@ def summarise(name: str, config: JudgeConfig, plan: Plan, found: list[dict[str, 
 
 
 def run_autointerp(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
-    """Explain and score a sample of each SAE's latents by the judge of `bench.config.judge`.
+    """Explain and score a sample of each SAE's latents with the judge of `bench.config.judge`.
 
-    The budget for all SAEs is shown, and held against `max_requests`, before the first request.
+    Before the first request, the budget for all SAEs is printed and checked against `max_requests`.
     """
     plans: dict[str, Plan] = {}
     try:
@@ -200,17 +200,19 @@ def run_autointerp(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
         except ValueError as error:
             yield Outcome(name, "autointerp", error=str(error))
     budget, limit = Budget.of(judge, list(plans.values())), bench.config.judge.max_requests
-    asked = f"autointerp: {bench.config.judge.model} at {bench.config.judge.url} reads windows of the text: {budget}"
+    asked = (
+        f"autointerp: sending windows of the text to {bench.config.judge.model} at {bench.config.judge.url}: {budget}"
+    )
     bench.console.print(escape(asked), highlight=False)
     if limit is not None and budget.requests > limit:
-        error = f"judge.max_requests: got {limit}, but {budget.requests} are needed; nothing was asked"
+        error = f"judge.max_requests: got {limit}, but {budget.requests} are needed; no request was sent"
         yield from (Outcome(name, "autointerp", error=error) for name in plans)
         return
     for name, plan in plans.items():
         try:
             outcome = summarise(name, bench.config.judge, plan, judge_plan(bench, judge, plan, name))
         except JudgeDown as error:
-            outcome = Outcome(name, "autointerp", error=f"{error}; a rerun goes on from the answers that are kept")
+            outcome = Outcome(name, "autointerp", error=f"{error}; answers so far are kept, so a rerun resumes")
         except ValueError as error:
             outcome = Outcome(name, "autointerp", error=str(error))
         yield outcome

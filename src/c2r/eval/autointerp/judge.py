@@ -1,4 +1,4 @@
-"""A language model that judges; what it answered is kept on disk, so that a rerun asks nothing again."""
+"""The judge, a language model behind an endpoint. Answers are kept on disk, so that a rerun does not ask again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from c2r.eval.results import write_json
 
 Messages = list[dict[str, str]]
 FAILURES_IN_A_ROW = 10
-"""So many requests that failed for good, none answered between them, and the endpoint counts as down."""
+"""After this number of consecutive failed requests, the endpoint is considered down."""
 
 
 def endpoint_of(config: JudgeConfig, environ: Mapping[str, str] = os.environ) -> Endpoint:
@@ -29,10 +29,10 @@ def endpoint_of(config: JudgeConfig, environ: Mapping[str, str] = os.environ) ->
 
 
 class Judge:
-    """Asks and remembers; safe to use from several threads.
+    """Asks the language model, and stores its answers; thread-safe.
 
     Arguments:
-        folder: where answers are kept, a file each, under a key of all that was asked.
+        folder: where answers are stored, one file per request, named by a hash of the request.
         environ: see `Endpoint`.
     """
 
@@ -46,7 +46,7 @@ class Judge:
         try:
             answer = json.loads(self._path(messages).read_text(encoding="utf-8"))["answer"]
         except (OSError, ValueError, LookupError, TypeError):
-            return None  # not there, or damaged
+            return None  # missing or damaged
         return answer if isinstance(answer, str) else None
 
     def ask(self, messages: Messages) -> str:
@@ -54,7 +54,7 @@ class Judge:
 
         Raises:
             JudgeError: this request failed.
-            JudgeDown: all would, `FAILURES_IN_A_ROW` did before, or `stop` was called.
+            JudgeDown: all requests would fail, the last `FAILURES_IN_A_ROW` did, or `stop` was called.
         """
         answer = self.known(messages)
         if answer is not None:
@@ -69,7 +69,7 @@ class Judge:
                 self._failures += 1
                 failures = self._failures
             if failures >= FAILURES_IN_A_ROW:
-                self.stop(f"{failures} requests in a row failed, the last with: {error}")
+                self.stop(f"{failures} requests in a row failed, the last one with: {error}")
             raise
         with self._lock:
             self._failures = 0
@@ -77,7 +77,7 @@ class Judge:
         return answer
 
     def stop(self, reason: str = "stopped") -> None:
-        """Begin no further request, for the first `reason` that is given; those under way are finished and kept."""
+        """Send no further requests; pending ones finish and are stored. The first `reason` is reported."""
         self.endpoint.stop(reason)
 
     def _body(self, messages: Messages) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Windows of text in which a latent fires, and others in which it is silent: what a judge of latents reads.
+"""Windows of text for the judge: some in which a latent fires, others in which it is silent.
 
-n real tokens · F latents · N non-zeros · K tokens on which one latent fires.
+n real tokens · B tokens in a batch · D width of the activations · F latents · N non-zeros · K tokens on which one
+latent fires.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from c2r.eval.token_text import shown
 from c2r.sae.model import SAE
 
 MARKS = ("⟦", "⟧")
-"""Around tokens on which a latent fires; source code has << and [[ of its own."""
+"""Marks around tokens on which a latent fires. SAEBench's << >> and [[ ]] also occur in source code."""
 LINE_BREAK = "↵"
 
 
 class Counts(NamedTuple):
-    """How many windows of which kind, and how wide; SAEBench's numbers."""
+    """Numbers of windows by kind, and their width; the values are SAEBench's."""
 
     explain_top: int = 10
     explain_sampled: int = 5
@@ -31,34 +32,34 @@ class Counts(NamedTuple):
     score_sampled: int = 2
     score_silent: int = 10
     radius: int = 10
-    """Tokens to either side of the one in the middle, fewer where a row or a document ends."""
+    """Tokens on either side of the central one; fewer at the end of a row or document."""
     floor: float = 0.01
-    """Share of the latent's greatest activation below which a firing is neither marked nor sampled."""
+    """Firings below this share of the latent's largest activation are neither marked nor sampled."""
 
 
 class Window(NamedTuple):
-    """Tokens start ≤ i < stop of the text."""
+    """The tokens i of the text with start ≤ i < stop."""
 
     start: int
     stop: int
 
 
 class Examples(NamedTuple):
-    """Windows of one latent; no two share a token or have the same words."""
+    """Windows of one latent; no two overlap or have the same text."""
 
     explain: list[Window]
-    """The latent fires; strongest first."""
+    """For the explanation: the latent fires. Strongest first."""
     firing: list[Window]
-    """For scoring: it fires."""
+    """For scoring: the latent fires."""
     silent: list[Window]
-    """For scoring: its activation is exactly 0 on every token."""
+    """For scoring: the latent's activation is exactly 0 on all tokens."""
 
 
 class Firings:
-    """Which tokens each latent fires on, and how strongly: |z| of the non-zeros. Holds three numbers a non-zero.
+    """Which tokens each latent fires on, and how strongly: |z|. Needs memory for three numbers per non-zero.
 
     Arguments:
-        count_n: bool, tokens that count; on the others no latent is taken to fire. None: all count.
+        count_n: bool, tokens that count; latents are treated as silent on the others. None: all tokens count.
     """
 
     @torch.no_grad()
@@ -81,13 +82,13 @@ class Firings:
         self._tokens_N, self._strength_N = torch.cat(tokens)[order].numpy(), torch.cat(strengths)[order].numpy()
 
     def of(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
-        """The latent's tokens `[K]`, in order, and |z| on them `[K]`."""
+        """The tokens on which the latent fires `[K]`, ascending, and |z| there `[K]`."""
         part = slice(self._ends[latent - 1] if latent else 0, self._ends[latent])
         return self._tokens_N[part], self._strength_N[part]
 
 
 class Text:
-    """Tokens, and how far a window around each may reach: never into another row or over a special token."""
+    """Token ids, and the extent of a window around each token, which ends at the row's ends and at special tokens."""
 
     def __init__(self, activations: TextActivations, radius: int) -> None:
         self.ids_n = activations.ids_n.numpy()
@@ -102,7 +103,7 @@ class Text:
 
 
 class _Picker:
-    """Takes windows one after another that share neither tokens nor words with those taken before."""
+    """Takes windows one by one, skipping those that overlap an earlier one or have the same text."""
 
     def __init__(self, text: Text) -> None:
         self.text = text
@@ -122,16 +123,16 @@ class _Picker:
             self.words.add(words)
             found.append((int(centre), window))
         if len(found) < wanted:
-            raise ValueError(f"{len(found)} separate windows {kind}; {wanted} are needed")
+            raise ValueError(f"{len(found)} distinct windows {kind}; {wanted} are needed")
         return found
 
 
 def pick(text: Text, tokens_K: np.ndarray, strength_K: np.ndarray, counts: Counts, seed: tuple[int, ...]) -> Examples:
-    """Windows of one latent: around its strongest tokens, around sampled ones, and where it is silent.
+    """Pick windows of one latent: around its strongest tokens, around sampled ones, and where it is silent.
 
-    As SAEBench 0.6.0 has it, tokens weaker than the strongest are sampled with probability ∝ z², and both kinds are
-    dealt at random to explaining and scoring. Unlike there, windows of silence are verified to be silent, and no two
-    windows overlap or have the same words.
+    As in SAEBench 0.6.0, tokens weaker than the strongest are sampled with probability ∝ z², and the windows of both
+    kinds are divided at random between explanation and scoring. Unlike there, the latent is verified to be silent in
+    the silent windows, and no two windows overlap or have the same text.
 
     Raises:
         ValueError: the text has too few windows of one kind; the message says how many.
@@ -143,7 +144,7 @@ def pick(text: Text, tokens_K: np.ndarray, strength_K: np.ndarray, counts: Count
     top = picker.take(tokens[by_strength], counts.explain_top + counts.score_top, "around its strongest firings")
     strength_at = dict(zip(tokens.tolist(), strength.tolist(), strict=True))
     weaker = strength < min(strength_at[centre] for centre, _ in top)
-    # In the order of E/z², E exponential, each next one is drawn with probability ∝ z² from those that are left.
+    # Sorting by E/z² with E exponentially distributed samples without replacement with probability ∝ z².
     by_chance = np.argsort(rng.exponential(size=weaker.sum()) / strength[weaker] ** 2)
     sampled = picker.take(
         tokens[weaker][by_chance], counts.explain_sampled + counts.score_sampled, "around weaker firings"
@@ -152,7 +153,7 @@ def pick(text: Text, tokens_K: np.ndarray, strength_K: np.ndarray, counts: Count
     fired_n[tokens_K + 1] = 1
     before_n = fired_n.cumsum()
     silent_n = (before_n[text.stop_n] == before_n[text.start_n]).nonzero()[0]
-    silent = picker.take(rng.permutation(silent_n), counts.score_silent, "of silence")
+    silent = picker.take(rng.permutation(silent_n), counts.score_silent, "in which it is silent")
     rng.shuffle(top)
     rng.shuffle(sampled)
     explain = top[: counts.explain_top] + sampled[: counts.explain_sampled]
@@ -167,12 +168,12 @@ def plain(tokenizer: Any, ids: Any) -> str:
 
 
 def marked(tokenizer: Any, ids: Any, active: Iterable[bool]) -> str:
-    """The same with `MARKS` around runs of active tokens.
+    """The same, with `MARKS` around runs of active tokens.
 
-    A character that is spread over several tokens is marked if any of them is active.
+    A character that spans several tokens is marked if any of them is active.
     """
     text, spans = shown(tokenizer, ids)
-    fires = np.zeros(len(text) + 2, bool)  # nothing fires before the first and after the last character
+    fires = np.zeros(len(text) + 2, bool)  # one more on either side, never firing, so that every run has two ends
     for (first, end), on in zip(spans, active, strict=True):
         fires[first + 1 : end + 1] |= bool(on)
     written, start = "", 0

@@ -1,10 +1,12 @@
-"""Sparse probing (Gurnee et al. 2023, arXiv 2305.01610, as in SAEBench): few latents that tell labelled texts apart.
+"""Sparse probing (Gurnee et al. 2023, arXiv 2305.01610, as in SAEBench): how well few latents classify labelled texts.
 
-For each label, against as many texts of the others: token-mean activations, the k latents of largest |difference of
-class means|, an L2 logistic regression on them, accuracy on texts that neither step saw. Beside it the same probe on x
-itself, on its k best coordinates, and on all latents.
+Each label is classified against an equal number of texts with other labels. Activations are averaged over the tokens of
+a text; the k latents with the largest |difference of class means| are selected; an L2-regularised logistic regression
+is fitted on them, and its accuracy is measured on held-out texts. For comparison, the same is done with all latents,
+and with all and the k best coordinates of x.
 
-D width of the activations · F latents · n real tokens · P channels, D or F · T texts.
+D width of the activations · F latents · n real tokens · k tokens that count · P channels, D or F · T texts ·
+R texts of one task.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ Accuracies = dict[str, dict[str, float]]
 
 
 class Task(NamedTuple):
-    """One label against as many texts of the others."""
+    """One label against an equal number of texts with other labels."""
 
     label: str
     train_R: Tensor
-    """Texts to fit on: half of them of the label."""
+    """Indices of the training texts, half of which have the label."""
     test_R: Tensor
     positive_T: Tensor
-    """Bool: which of all texts have the label."""
+    """Bool: which texts have the label."""
 
 
 class Probe(NamedTuple):
@@ -50,27 +52,27 @@ class Probe(NamedTuple):
 
     accuracy: float
     channels: list[int]
-    """What it reads, best first; all, in their order, where k is None."""
+    """Channels that it uses, best first; all of them in their order if k is None."""
     converged: bool
-    """False where the logistic regression stopped at its 1000th iteration."""
+    """False if the logistic regression stopped at its 1000th iteration."""
 
 
 class ProbeSet(NamedTuple):
-    """A labelled data set, read by the language model."""
+    """A labelled data set and the language model's activations on it."""
 
     name: str
     tasks: list[Task]
     x_nD: Tensor
     text_n: Tensor
-    """Which text each token belongs to."""
+    """Index of the text that each token belongs to."""
     texts: int
-    """T."""
+    """T, the number of texts."""
     counts: dict[str, Any]
-    """Texts by label, and labels that were left out."""
+    """Number of texts per label, and labels that were left out."""
 
 
 def token_means(parts: Iterable[Tensor], text_n: Tensor, texts: int) -> Tensor:
-    """Mean over each text's tokens `[T, P]` of values that come in batches `[·, P]`, in order; 0 for a text without."""
+    """Mean over each text's tokens `[T, P]` of values given in consecutive batches `[·, P]`; 0 for empty texts."""
     count_T = torch.bincount(text_n, minlength=texts)
     total_TP, start = torch.empty(0), 0
     for values in parts:
@@ -83,7 +85,7 @@ def token_means(parts: Iterable[Tensor], text_n: Tensor, texts: int) -> Tensor:
 
 
 def one_vs_rest(labels_T: Tensor, test_T: Tensor, names: list[str], seed: int) -> list[Task]:
-    """A balanced task a label, the others drawn from evenly; a single one where there are two labels."""
+    """One balanced task per label, drawing evenly from the other labels; only one task if there are two labels."""
     generator = torch.Generator().manual_seed(seed)
     tasks = []
     for label, name in enumerate(names if len(names) > 2 else names[:1]):
@@ -100,10 +102,10 @@ def one_vs_rest(labels_T: Tensor, test_T: Tensor, names: list[str], seed: int) -
 
 
 def probe(means_TP: Tensor, task: Task, k: int | None) -> Probe:
-    """Fit the k-sparse probe (k None: every channel) on a task's training texts and score it on its test texts.
+    """Fit the k-sparse probe (k None: all channels) on a task's training texts and score it on its test texts.
 
-    scikit-learn's L2 logistic regression, C = 1, at most 1000 iterations, on activations as they are: their scale
-    decides how much the L2 term counts, so figures on x and on latents are not regularised alike.
+    The probe is scikit-learn's L2 logistic regression with C = 1 and at most 1000 iterations. Activations are not
+    standardised, so the effect of the L2 term depends on their scale, which differs between x and latents.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -117,7 +119,7 @@ def probe(means_TP: Tensor, task: Task, k: int | None) -> Probe:
         channels = difference_P.sort(descending=True, stable=True).indices[:k]
     regression = LogisticRegression(max_iter=1000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # counted instead
+        warnings.simplefilter("ignore", ConvergenceWarning)  # counted in the result instead
         regression.fit(train_RP[:, channels].cpu().numpy(), labels_R.cpu().numpy())
     said_R = torch.from_numpy(regression.predict(test_RP[:, channels].cpu().numpy()))
     right = (said_R == task.positive_T[task.test_R]).double().mean().item()
@@ -125,7 +127,7 @@ def probe(means_TP: Tensor, task: Task, k: int | None) -> Probe:
 
 
 def probe_all(means_TP: Tensor, tasks: list[Task]) -> tuple[Accuracies, dict[str, list[int]], int]:
-    """Every task's accuracy on all channels and on the top k; the best channels by label; probes not converged."""
+    """Accuracies on all channels and the top k; the best channels by label; number of probes that did not converge."""
     accuracies: Accuracies = {}
     best: dict[str, list[int]] = {}
     unconverged = 0
@@ -140,10 +142,10 @@ def probe_all(means_TP: Tensor, tasks: list[Task]) -> tuple[Accuracies, dict[str
 
 
 def probe_sets(bench: Bench) -> list[ProbeSet]:
-    """The labelled data sets and their activations (from the cache where they are).
+    """The labelled data sets and their activations, from the cache on disk if they are there.
 
     Raises:
-        ValueError: see `labelled_texts`; or a label whose texts hold no token.
+        ValueError: see `labelled_texts`; or the texts of a label contain no token.
     """
     found = (
         stdlib_tasks(bench.config.seed)
@@ -154,13 +156,13 @@ def probe_sets(bench: Bench) -> list[ProbeSet]:
 
 
 class DenseProbes:
-    """The probes on x, the same for all SAEs for which the same tokens count."""
+    """Probes on x, shared by all SAEs for which the same tokens count."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, float | None], tuple[Accuracies, int]] = {}
 
     def on(self, data: ProbeSet, place_k: Tensor, rule: Counting) -> tuple[Accuracies, int]:
-        """Accuracies on the tokens at `place_k`, and probes that did not converge."""
+        """Accuracies on the tokens at `place_k`, and the number of probes that did not converge."""
         key = data.name, rule.max_norm
         if key not in self._known:
             parts = (data.x_nD[place] for place in place_k.split(2048))
@@ -171,9 +173,9 @@ class DenseProbes:
 
 @torch.no_grad()
 def evaluate_probing(bench: Bench, name: str, sae: SAE, sets: Iterable[ProbeSet], dense: DenseProbes) -> Outcome:
-    """SAEBench's `sparse_probing` on data sets of `probe_sets`: a mean over labels, then over data sets.
+    """SAEBench's `sparse_probing` on the data sets of `probe_sets`, averaged over labels and then over data sets.
 
-    A text's mean is over its tokens that count for the SAE, for the probes on x too.
+    Only tokens that count for the SAE enter the mean of a text, also for the probes on x.
     """
     details, unstructured, counting = [], {}, {}
     rule = counting_of(sae.config)
@@ -220,7 +222,7 @@ def evaluate_probing(bench: Bench, name: str, sae: SAE, sets: Iterable[ProbeSet]
 
 
 def run_probing(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
-    """Sparse probing of every SAE on the same texts and splits; the language model reads them once."""
+    """Evaluate sparse probing of all SAEs on the same texts and splits, which the language model reads only once."""
     sets, dense = cache(lambda: probe_sets(bench)), DenseProbes()
 
     def one(bench: Bench, name: str, sae: SAE) -> Outcome:
@@ -238,14 +240,14 @@ def _read(bench: Bench, labelled: LabelledTexts) -> ProbeSet:
     settings = bench.data.model_dump(include={"context", "prepend_bos", "parse_special_tokens"})
     batches = list(text_rows(texts, bench.lm.tokenizer, **settings))
     found = bench.read(batches, "texts", f"activations of {labelled.name}")
-    # Each text's split depends on its own place, so that one without tokens moves no other.
+    # The split depends only on a text's index, so that texts without tokens do not change the split of others.
     test_T = torch.cat([torch.arange(len(labelled.texts[label])) % round(1 / TEST_SHARE) == 0 for label in names])
     said_T = torch.bincount(found["row"], minlength=len(texts)) > 0
     labels_T = labels_T.masked_fill(~said_T, -1)
     for i, label in enumerate(names):
         for half_T in (test_T, ~test_T):
             if not bool(((labels_T == i) & half_T).any()):
-                raise ValueError(f"{labelled.name}: the texts of label {label!r} hold no token to probe")
+                raise ValueError(f"{labelled.name}: the texts of label {label!r} contain no token to probe")
     counts = {"labels": {label: int((labels_T == i).sum()) for i, label in enumerate(names)}}
     tasks = one_vs_rest(labels_T, test_T, names, bench.config.seed)
     counts |= {"left_out": labelled.left_out}
@@ -253,7 +255,7 @@ def _read(bench: Bench, labelled: LabelledTexts) -> ProbeSet:
 
 
 def _named(side: str, accuracies: Accuracies) -> Accuracies:
-    """SAEBench's names: `sae_test_accuracy`, `sae_top_1_test_accuracy`."""
+    """Accuracies under SAEBench's names, such as `sae_test_accuracy` and `sae_top_1_test_accuracy`."""
     return {
         f"{side}_test_accuracy" if figure == "all" else f"{side}_{figure}_test_accuracy": by
         for figure, by in accuracies.items()

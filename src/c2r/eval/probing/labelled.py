@@ -1,7 +1,7 @@
-"""Labelled texts to probe on: from a .jsonl file, a Hugging Face data set, or Python's own standard library.
+"""Labelled texts for probing: from a .jsonl file, a Hugging Face data set, or Python's standard library.
 
-The library's texts are labelled by Python's own parser and come from files that neither the embedded model nor an SAE
-of ours was trained on, so that they need no download and no annotator.
+Texts of the standard library need no download and no annotation: Python's own parser labels them. They come from files
+that neither the embedded model nor SAEs of c2r were trained on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from c2r.text.paths import matching
 from c2r.text.stdlib import stdlib_sources
 
 MOST, LEAST, LABELS, READ = 500, 20, 10, 50_000
-"""Texts a label at most and at least, labels at most, and records read to find them."""
+"""Largest and smallest number of texts per label, largest number of labels, and number of records read."""
 _MODULES, _PASSAGE = 6, 3
 _KINDS: dict[type[ast.stmt], str] = {
     ast.Assign: "assignment",
@@ -37,22 +37,22 @@ _KINDS: dict[type[ast.stmt], str] = {
 
 
 class LabelledTexts(NamedTuple):
-    """A data set to probe on."""
+    """A labelled data set."""
 
     name: str
     texts: dict[str, list[str]]
     """Distinct texts by label, in an order fixed by the seed."""
     left_out: dict[str, int]
-    """Labels without enough texts (or beyond the ten with most), and how many each had."""
+    """Number of texts of each label that was left out: it has too few, or is not among the ten most frequent."""
 
 
 def labelled_texts(where: str, seed: int = 0) -> LabelledTexts:
-    """Texts of a `.jsonl` file (or a glob of them) or of a `datasets` data set (its split `train`).
+    """Texts of a `.jsonl` file (or a glob of them) or of the split `train` of a Hugging Face data set.
 
-    Records have `text` and `label`, a string or a whole number; the first 50,000 are read.
+    Records have the fields `text`, and `label`, a string or an integer; the first 50,000 records are read.
 
     Raises:
-        ValueError: nothing there, a record without the two, or fewer than two labels with enough texts.
+        ValueError: no record is found, a record lacks one of the fields, or fewer than two labels have enough texts.
     """
     try:
         pairs = [(record["label"], record["text"]) for record in itertools.islice(_records(where, seed), READ)]
@@ -62,24 +62,24 @@ def labelled_texts(where: str, seed: int = 0) -> LabelledTexts:
 
 
 def check_labelled(where: str) -> None:
-    """Find what is wrong with the source's first record, before a model is loaded.
+    """Check the source's first record, before a model is loaded.
 
     Raises:
         ValueError: see `labelled_texts`.
     """
     try:
         if next(_records(where, 0), None) is None:
-            raise ValueError(f"{where} holds no record")
+            raise ValueError(f"{where} contains no record")
     except ValueError as error:
         raise ValueError(f"probe_data: {str(error).removeprefix('data.path: ')}") from error
 
 
 def stdlib_tasks(seed: int = 0) -> list[LabelledTexts]:
-    """Three data sets of the standard library's held-out files.
+    """Three data sets made from held-out files of the standard library.
 
-    `stdlib_module`: three lines in a row of code or prose, by the module they are from, for the six with most of them
-    (tables of character sets left out). `stdlib_statement`: the first two lines of a statement, by its kind.
-    `stdlib_region`: a line of a comment, of a docstring (both without their marks, three words or more) or of code.
+    `stdlib_module`: three consecutive lines, labelled by their module, from the six largest modules (character set
+    tables excluded). `stdlib_statement`: the first two lines of a statement, labelled by its kind. `stdlib_region`: a
+    line of a comment or docstring (without its marks, at least three words) or of code, labelled by which it is.
     """
     sources = {name: text for name, text in sorted(stdlib_sources(held_out=True)) if not name.startswith("encodings/")}
     passages = {name: list(_passages(text)) for name, text in sources.items()}
@@ -100,10 +100,10 @@ def _records(where: str, seed: int) -> Iterator[dict[str, str]]:
         text, label = record.get("text"), record.get("label")
         if not isinstance(text, str) or not isinstance(label, str | int):
             raise ValueError(
-                f"{place}: expected 'text', a string, and 'label', a string or a whole number; found {record!s:.200}"
+                f"{place}: expected 'text', a string, and 'label', a string or an integer; got {record!s:.200}"
             )
         if (fault := surrogate_in(text)) is not None:
-            raise ValueError(f"{place}: 'text' holds {fault}")
+            raise ValueError(f"{place}: 'text' contains {fault}")
         if text.strip():
             yield {"text": text, "label": str(label)}
 
@@ -114,13 +114,13 @@ def _raw_records(where: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     paths = matching(where)
     if not paths:
-        raise ValueError(f"no file matches {where!r}; give a .jsonl file or the id of a data set")
+        raise ValueError(f"no file matches {where!r}; expected a .jsonl file or the id of a data set")
     for path in paths:
         yield from jsonl_records(path)
 
 
 def _by_label(name: str, pairs: Iterable[tuple[str, str]], seed: int) -> LabelledTexts:
-    """Distinct texts by label, shuffled; a text that has two labels counts for the first it came with."""
+    """Distinct texts by label, shuffled; a text with several labels gets only the first one."""
     texts: dict[str, list[str]] = {}
     seen: set[str] = set()
     for label, text in pairs:
@@ -134,7 +134,7 @@ def _by_label(name: str, pairs: Iterable[tuple[str, str]], seed: int) -> Labelle
     kept = sorted(label for label in by_size[:LABELS] if len(texts[label]) >= LEAST)
     if len(kept) < 2:
         counts = ", ".join(f"{label!r} {len(texts[label])}" for label in by_size[:LABELS]) or "none"
-        raise ValueError(f"{name}: two labels with at least {LEAST} distinct texts are needed; it has {counts}")
+        raise ValueError(f"{name}: needs at least two labels with at least {LEAST} distinct texts each; got {counts}")
     return LabelledTexts(
         name,
         {label: texts[label][:MOST] for label in kept},
@@ -149,7 +149,7 @@ def _passages(text: str) -> Iterator[str]:
 
 
 def _statements(text: str) -> Iterator[tuple[str, str]]:
-    lines = text.split("\n")  # as the parser counts them
+    lines = text.split("\n")  # as the parser counts lines
     for node in ast.walk(ast.parse(text)):
         kind = _KINDS.get(type(node)) if isinstance(node, ast.stmt) else None
         if isinstance(node, ast.stmt) and kind:

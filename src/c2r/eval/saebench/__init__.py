@@ -1,1 +1,1 @@
-"""Hand-over to SAEBench."""
+"""Evaluations run by SAEBench."""

@@ -1,7 +1,7 @@
-"""Evaluations that the installed `sae-bench` makes: it is handed the SAE, and its result is filed beside ours.
+"""Evaluations run by an installed `sae-bench`: c2r passes it the SAE, and stores its result next to its own.
 
-Written against sae-bench 0.6.0. It loads the language model (by TransformerLens or transformers) and its data sets from
-the Hugging Face Hub itself, under the names that it knows; c2r loads none for it.
+Written for sae-bench 0.6.0. sae-bench itself loads the language model (with TransformerLens or transformers) and its
+data sets from the Hugging Face Hub, by the names that it knows.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ class Foreign:
     """One of SAEBench's evaluations."""
 
     module: str
-    """Under `sae_bench.evals`; it has `run_eval`."""
+    """Module in `sae_bench.evals` that contains `run_eval`."""
     config: str
-    """Name of its configuration's class there."""
+    """Name of the configuration class in that module."""
     shown: tuple[str, str]
-    """Category and name of the figure for the table."""
+    """Category and name of the figure that the table shows."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Of the configuration."""
+    """Fields of the configuration."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Of `run_eval`."""
+    """Further arguments of `run_eval`."""
     warning: str | None = None
 
 
-ALL_COUNT = "sae-bench's own code reads its own text, and counts the tokens that training left out as outliers too"
-_UNSAVED = {"clean_up_activations": True, "save_activations": False}  # saved, they take tens of gigabytes
-_UNRELIABLE = "was found unreliable as a measure of an SAE's quality (arXiv 2605.18229): rest no ranking on it"
+ALL_COUNT = "sae-bench reads its own text, and includes tokens that the SAE's training left out as outliers"
+_UNSAVED = {"clean_up_activations": True, "save_activations": False}  # they would take tens of gigabytes
+_UNRELIABLE = "was found to be an unreliable measure of SAE quality (arXiv 2605.18229): do not rank SAEs by it"
 FOREIGN = {
     "ravel": Foreign("ravel", "RAVELEvalConfig", ("ravel", "disentanglement_score")),
     "tpp": Foreign(
@@ -77,14 +77,14 @@ FOREIGN = {
         "meta_structure", "MetaStructureEvalConfig", ("meta_structure", "decoder_fraction_variance_explained")
     ),
 }
-"""Name behind `saebench:` → evaluation. Those that c2r has too are here for comparison."""
+"""Evaluations by their name after `saebench:`. Some also exist in c2r; they are included for comparison."""
 
 
 def _evaluate(which: str, bench: Bench, name: str, sae: SAE) -> Outcome:
     """Run SAEBench's evaluation `which` on one SAE.
 
     Raises:
-        ValueError: sae-bench is missing, does not know the model or hook point, or fails.
+        ValueError: sae-bench is not installed, does not support the model or hook point, or fails.
     """
     foreign, version = FOREIGN[which], check_installed()
     if foreign.warning is not None:
@@ -94,17 +94,17 @@ def _evaluate(which: str, bench: Bench, name: str, sae: SAE) -> Outcome:
         result = _run(which, bench, name, sae)
     except ValueError:
         raise
-    except Exception as error:  # another's code: whatever it raises is its failure with this SAE, and no other's
+    except Exception as error:  # third-party code: any error is a failure with this SAE; other SAEs continue
         raise ValueError(f"sae-bench {version}: {type(error).__name__}: {error}") from error
     finally:
-        torch.set_grad_enabled(grad)  # which sae-bench sets as it likes
+        torch.set_grad_enabled(grad)  # sae-bench changes it
     category, figure = foreign.shown
     return Outcome(
         name,
         result["eval_type_id"],
         result["eval_result_metrics"],
         {f"saebench_{which}": result["eval_result_metrics"][category][figure]},
-        # c2r's model and text are not what was evaluated on.
+        # sae-bench did not use c2r's model and text.
         config={"model": None, "data": None, "held_out": None, "tokens": None, **result["eval_config"]},
         details=result.get("eval_result_details") or [],
         unstructured={
@@ -119,7 +119,7 @@ def _evaluate(which: str, bench: Bench, name: str, sae: SAE) -> Outcome:
 
 
 def _run(which: str, bench: Bench, name: str, sae: SAE) -> dict[str, Any]:
-    """Hand the SAE over, and read the one result file that comes back."""
+    """Run sae-bench on the SAE, and read the result file that it writes."""
     foreign, model = FOREIGN[which], model_of(sae.config, bench.config.model)
     module = importlib.import_module(f"sae_bench.evals.{foreign.module}.main")
     batches = importlib.import_module("sae_bench.sae_bench_utils.activation_collection").LLM_NAME_TO_BATCH_SIZE
@@ -128,7 +128,7 @@ def _run(which: str, bench: Bench, name: str, sae: SAE) -> dict[str, Any]:
     settings = {
         "model_name": model_name,
         "random_seed": bench.config.seed,
-        "llm_batch_size": max(1, batch // 4) if which == "ravel" else batch,  # as sae-bench's own command line
+        "llm_batch_size": max(1, batch // 4) if which == "ravel" else batch,  # as on sae-bench's command line
         "llm_dtype": model.dtype,
         **foreign.settings,
     }
@@ -141,25 +141,25 @@ def _run(which: str, bench: Bench, name: str, sae: SAE) -> dict[str, Any]:
         module.run_eval(config, [(name, handed)], str(bench.device), str(out), force_rerun=True, **foreign.arguments)
         written = sorted(out.rglob("*_eval_results.json"))
         if len(written) != 1:
-            raise ValueError("sae-bench wrote no result; what it printed says why")
+            raise ValueError("sae-bench wrote no result; see its output for the reason")
         return json.loads(written[0].read_text(encoding="utf-8"))
 
 
 def _model_name(which: str, ravel: dict[str, str], batches: dict[str, int], model: ModelConfig) -> str:
-    """The model under SAEBench's name; `ravel` and `batches` are its tables of models.
+    """SAEBench's name of the model; `ravel` and `batches` are SAEBench's tables of models.
 
     Raises:
-        ValueError: it has none, or SAEBench would read another model or hook point.
+        ValueError: it has no name there, or SAEBench would use another model or hook point.
     """
     short = model.name.split("/")[-1]
-    if which != "meta_structure":  # which reads the SAE alone
+    if which != "meta_structure":  # meta_structure uses no language model
         if model.name == "embedded" or Path(model.name).exists():
             raise ValueError(f"model: got {model.name!r}; sae-bench accepts names that TransformerLens knows")
         if model.revision is not None:
-            raise ValueError(f"model.revision: got {model.revision!r}; sae-bench loads the main one alone")
+            raise ValueError(f"model.revision: got {model.revision!r}; sae-bench supports only the main revision")
         if model.center_writing_weights:
             raise ValueError(
-                "model.center_writing_weights: got true; sae-bench loads models whose weights are as they are"
+                "model.center_writing_weights: got true; sae-bench supports only models with unmodified weights"
             )
     if which == "ravel":
         if short not in ravel:
@@ -171,7 +171,7 @@ def _model_name(which: str, ravel: dict[str, str], batches: dict[str, int], mode
 
 @contextlib.contextmanager
 def _scratch(home: Path) -> Iterator[Path]:
-    """A fresh folder for results, `home` being the working directory meanwhile, so that `artifacts/` lands there."""
+    """A fresh folder for results. Meanwhile `home` is the working directory, where sae-bench writes `artifacts/`."""
     before, home = Path.cwd(), home.resolve()
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as out:
@@ -183,5 +183,5 @@ def _scratch(home: Path) -> Iterator[Path]:
 
 
 def run_foreign(which: str) -> Evaluation:
-    """SAEBench's evaluation `which`."""
+    """SAEBench's evaluation `which` as one of c2r's."""
     return each(PREFIX + which, functools.partial(_evaluate, which))

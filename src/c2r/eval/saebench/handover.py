@@ -1,4 +1,4 @@
-"""An SAE as SAEBench 0.6.0 takes it, and what that version needs to run with the libraries that c2r requires.
+"""An SAE with the interface that SAEBench 0.6.0 expects, and patches for it to run with the libraries c2r requires.
 
 B tokens in a batch · D width of the activations · F latents.
 """
@@ -27,7 +27,7 @@ def check_installed() -> str:
     """The version of the installed sae-bench.
 
     Raises:
-        ValueError: there is none, or not one of 0.6.
+        ValueError: it is not installed, or its version is not 0.6.
     """
     how = "pip install 'c2r[saebench]'"
     try:
@@ -35,13 +35,13 @@ def check_installed() -> str:
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(f"suites: saebench:… needs sae-bench, which is not installed; {how}") from None
     if not version.startswith(_VERSIONS):
-        raise ValueError(f"suites: saebench:… needs sae-bench {_VERSIONS}x, found is {version}; {how}")
+        raise ValueError(f"suites: saebench:… needs sae-bench {_VERSIONS}x, but {version} is installed; {how}")
     return version
 
 
 @dataclass
 class HandedConfig:
-    """What SAEBench looks for in `sae.cfg`; it sets further attributes itself."""
+    """The attributes that SAEBench reads from `sae.cfg`; it sets further ones itself."""
 
     model_name: str
     d_in: int
@@ -62,12 +62,12 @@ class HandedConfig:
 
 
 class HandedSAE(nn.Module):
-    """An SAE with the attributes of SAEBench's custom SAEs (`sae_bench.custom_saes.base_sae`): `W_enc` is `[D, F]`.
+    """An SAE with the attributes of SAEBench's custom SAEs (`sae_bench.custom_saes.base_sae`); `W_enc` is `[D, F]`.
 
-    It is a copy, since SAEBench turns it to the language model's device and dtype.
+    It is a copy, because SAEBench moves it to the language model's device and dtype.
 
     Arguments:
-        model_name: the language model under SAEBench's name.
+        model_name: SAEBench's name of the language model.
     """
 
     def __init__(self, sae: SAE, model: ModelConfig, model_name: str) -> None:
@@ -88,32 +88,32 @@ class HandedSAE(nn.Module):
 
     @property
     def W_enc(self) -> Tensor:
-        """`[D, F]`."""
+        """Encoder weights `[D, F]`."""
         return self.sae.W_enc.T
 
     @property
     def W_dec(self) -> nn.Parameter:
-        """`[F, D]`."""
+        """Decoder weights `[F, D]`."""
         return self.sae.W_dec
 
     @property
     def b_enc(self) -> nn.Parameter:
-        """`[F]`; for "gated" the gate's."""
+        """Encoder bias `[F]`; for "gated" that of the gate."""
         return self.sae.b_enc
 
     @property
     def b_dec(self) -> nn.Parameter:
-        """`[D]`."""
+        """Decoder bias `[D]`."""
         return self.sae.b_dec
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.sae.W_dec.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Dtype of the weights."""
         return self.sae.W_dec.dtype
 
     def encode(self, x: Tensor) -> Tensor:
@@ -131,10 +131,10 @@ class HandedSAE(nn.Module):
 
 @contextlib.contextmanager
 def shapes_unchecked() -> Iterator[None]:
-    """Without sae-bench's run-time checks of shapes.
+    """Disable sae-bench's run-time checks of shapes.
 
-    Of its sparse probing's annotations two contradict each other (`train_dataset_size` is one class's samples in the
-    caller and two classes' in what it calls), which beartype notices since it looks into dictionaries.
+    Two annotations of its sparse probing contradict each other (`train_dataset_size` is the number of samples of one
+    class in the caller, of two classes in the callee), which beartype rejects since it checks inside dictionaries.
     """
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
@@ -146,9 +146,9 @@ def shapes_unchecked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def mended_ravel() -> Iterator[None]:
-    """Let RAVEL of sae-bench 0.6.0 run with transformers 5 and huggingface_hub 1.
+    """Patch RAVEL of sae-bench 0.6.0 so that it runs with transformers 5 and huggingface_hub 1.
 
-    It expects decoder blocks to return a tuple, where those of transformers 5 return the tensor; and it gives
+    It expects decoder blocks to return a tuple, but those of transformers 5 return a tensor; and it passes
     `snapshot_download` a parameter that huggingface_hub 1 no longer has.
     """
     activations: Any = importlib.import_module("sae_bench.sae_bench_utils.activation_collection")
@@ -167,7 +167,7 @@ def mended_ravel() -> Iterator[None]:
 
 
 class _TupleBlock:
-    """A decoder block whose forward hooks see a tuple, whatever it returns."""
+    """A decoder block whose forward hooks always receive a tuple."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block

@@ -1,1 +1,1 @@
-"""Splitting: one concept over several latents."""
+"""Splitting: one concept is represented by several latents."""

@@ -1,10 +1,10 @@
-"""Are latents made of each other? A meta-SAE on decoder rows (Leask et al. 2025, arXiv 2502.04878).
+"""Are latents composed of common parts? A meta-SAE on decoder rows (Leask et al. 2025, arXiv 2502.04878).
 
-A BatchTopK SAE with a quarter as many latents as there are rows, 4 of them a row on average, learns to reconstruct
-the rows of a decoder. The more of their variance it explains, the more the rows are combinations of shared parts;
-lower is more atomic. Random directions are not explained by nothing: the same figure for as many of them is the floor.
+The meta-SAE is a BatchTopK SAE that reconstructs the rows of a decoder. It has a quarter as many latents as there are
+rows, and uses on average 4 of them per row. The more variance it explains, the more the rows are combinations of shared
+parts; lower means more atomic. Its EV of random directions is not 0, so that of as many random ones is the baseline.
 
-A rows · D width of the activations · M meta-latents.
+A rows · B rows of a batch · D width of the activations · M meta-latents.
 """
 
 from __future__ import annotations
@@ -20,32 +20,33 @@ from c2r.neighbors import unit_rows
 from c2r.sae.selection import BatchTopK
 
 ROWS = 8192
-"""More rows than this are sampled (seeded): the cost grows with the square. Figures compare at equal rows alone."""
+"""If there are more rows, a random sample of this size is used, because the cost is quadratic. Compare results only at
+equal numbers of rows."""
 K = 4
 _PASSES, _STEPS, _BATCH, _LR = 60, 300, 1024, 1e-2
 
 
 class Composition(NamedTuple):
-    """What a meta-SAE says of decoder rows."""
+    """How well a meta-SAE reconstructs decoder rows."""
 
     explained_variance: float
-    """1 − Σ‖d − d̂‖² / Σ‖d − d̄‖²; NaN with fewer than 16 rows, or where all are the same."""
+    """1 − Σ‖d − d̂‖² / Σ‖d − d̄‖²; NaN if there are fewer than 16 rows, or all are equal."""
     rows: int
-    """Rows it was trained and scored on."""
+    """Number of rows it was trained and scored on."""
     meta_alive: float
-    """Share of meta-latents that any row uses."""
+    """Share of meta-latents that at least one row uses."""
 
 
 def composition(decoder_AD: Tensor, *, seed: int = 0) -> Composition:
-    """Train a meta-SAE of width A/4, k = 4, on unit decoder rows and score it on them, all rows as one batch.
+    """Train a meta-SAE of width A/4 with k = 4 on unit decoder rows, and score it on all of them as one batch.
 
-    Seconds on a laptop at A = 4096, D = 512. 60 passes over the rows in batches of 1024, and 300 steps at
-    least; Adam at 1e-2, warm-up over the first twentieth and linear decay over the last fifth; encoder and decoder
-    start from a random quarter of the rows, and the meta-decoder's rows are kept at unit norm. Of more than `ROWS` rows
-    a sample is taken.
+    It is trained for 60 passes over the rows in batches of 1024, but for at least 300 steps, with Adam at 1e-2, warm-up
+    over the first twentieth and linear decay over the last fifth. Encoder and decoder are initialised with a random
+    quarter of the rows, and the meta-decoder's rows are kept at unit norm. Of more than `ROWS` rows, a sample is used.
+    At A = 4096 and D = 512 this takes seconds on a laptop.
 
     Arguments:
-        decoder_AD: `[A, D]`, rows of any norm, dead latents left out.
+        decoder_AD: rows of any norm, without those of dead latents.
     """
     generator = torch.Generator().manual_seed(seed)
     rows_AD = unit_rows(decoder_AD.detach())
@@ -62,8 +63,8 @@ def composition(decoder_AD: Tensor, *, seed: int = 0) -> Composition:
 
 
 def random_composition(rows: int, d_in: int, *, seed: int = 0, device: torch.device | str = "cpu") -> Composition:
-    """The same for as many random directions: what a dictionary without any composition has."""
-    generator = torch.Generator().manual_seed(seed + 1)  # another than the meta-SAE's own
+    """The same for `rows` random directions, that is for a dictionary without any composition."""
+    generator = torch.Generator().manual_seed(seed + 1)  # not the meta-SAE's own seed
     return composition(torch.randn(min(rows, ROWS), d_in, generator=generator).to(device), seed=seed)
 
 
@@ -74,7 +75,7 @@ class _Meta(NamedTuple):
     b_dec_D: Tensor
 
     def rebuild(self, rows_BD: Tensor, selection: BatchTopK) -> tuple[Tensor, Codes]:
-        """Rows reconstructed from the 4·B largest pre-activations of the batch."""
+        """Reconstruct rows from the 4·B largest pre-activations of the batch."""
         with torch.no_grad():
             product_BM = F.linear(rows_BD - self.b_dec_D, self.W_enc_MD)
         support = selection.select(product_BM, self.b_enc_M, K)
@@ -97,7 +98,7 @@ def _train(rows_AD: Tensor, mean_D: Tensor, generator: torch.Generator) -> _Meta
         optimizer, lambda step: min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.2 * steps))
     )
     selection = BatchTopK()
-    # Whole passes: with rows drawn anew for every batch the EV of 4096 random rows came out at 0.376 instead of 0.410.
+    # Whole passes: with rows sampled independently per batch, the EV of 4096 random rows was 0.376 instead of 0.410.
     orders = (torch.randperm(len(rows_AD), generator=generator) for _ in range(passes))
     for batch in (part.to(rows_AD.device) for order in orders for part in order.tensor_split(batches)):
         rebuilt_BD, _codes = meta.rebuild(rows_AD[batch], selection)
@@ -105,7 +106,7 @@ def _train(rows_AD: Tensor, mean_D: Tensor, generator: torch.Generator) -> _Meta
         gradients = torch.autograd.grad(loss, list(meta))
         for parameter, gradient in zip(meta, gradients, strict=True):
             parameter.grad = gradient
-        # The part along a row of unit norm would only be renormalised away, and Adam would count it.
+        # The component along a unit row is undone by the renormalisation, but would distort Adam's moments.
         meta.W_dec_MD.grad = gradients[2] - (gradients[2] * meta.W_dec_MD).sum(1, keepdim=True) * meta.W_dec_MD
         optimizer.step()
         schedule.step()

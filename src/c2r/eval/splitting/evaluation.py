@@ -1,6 +1,8 @@
-"""Splitting on the dictionary: nearest neighbours and their co-firing, the pairs to read, composition by a meta-SAE.
+"""Splitting: nearest neighbours and their co-firing, pairs of latents to read, and composition by a meta-SAE.
 
-All over alive latents, those that fired in the sample. n tokens · D width of the activations.
+All figures are over alive latents: those that fired on the evaluation's text.
+
+n tokens · k tokens that count · B tokens in a batch · D width of the activations.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ EVALUATION = "splitting"
 
 
 class Fired(NamedTuple):
-    """One SAE over the text."""
+    """One SAE's firings on the text."""
 
     text: Counted
     cofiring: Cofiring
@@ -35,10 +37,10 @@ class Fired(NamedTuple):
 
 @torch.no_grad()
 def run_splitting(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
-    """Nearest neighbours among alive latents, their co-firing and their composition, on the bench's text.
+    """Evaluate nearest neighbours among alive latents, their co-firing and their composition on the bench's text.
 
-    With two SAEs or more, co-firing is also compared on pairs of one cosine: the lowest mean nearest-neighbour cosine
-    among them, whatever their order.
+    With two or more SAEs, co-firing is also compared for pairs with the same cosine: the lowest mean nearest-neighbour
+    cosine of these SAEs.
     """
     found: dict[str, Fired] = {}
     for name, sae in saes.items():
@@ -58,7 +60,7 @@ def run_splitting(bench: Bench, saes: dict[str, SAE]) -> Iterator[Outcome]:
 
 
 def fire(bench: Bench, name: str, sae: SAE) -> Fired:
-    """Run one SAE over the tokens that count for it."""
+    """Run one SAE on the tokens that count for it."""
     text, cofiring = counted(bench, name, sae), Cofiring(sae.W_dec)
     with progress_bar(bench.console) as bar:
         for place_B in bar.track(text.place_k.split(2048), description=f"splitting {name}"):
@@ -70,7 +72,7 @@ def outcome_of(bench: Bench, name: str, sae: SAE, fired: Fired, matched: float |
     """The result of one SAE.
 
     Arguments:
-        matched: the cosine of pairs on which SAEs are compared; None: there is no other SAE.
+        matched: cosine of the pairs on which SAEs are compared; None if there is only one SAE.
     """
     text, cofiring, figures = fired
     meta = composition(sae.W_dec[cofiring.alive_A], seed=bench.config.seed)
@@ -103,7 +105,7 @@ def outcome_of(bench: Bench, name: str, sae: SAE, fired: Fired, matched: float |
 
 
 def _matched(pairs: Pairs, cosine: float) -> dict[str, float]:
-    """Co-firing of pairs picked at `cosine`."""
+    """Figures of the pairs selected at `cosine`."""
     return {
         "matched_cosine": cosine,
         "matched_cosine_mean": mean_of_finite(pairs.cosine_A),
@@ -114,7 +116,7 @@ def _matched(pairs: Pairs, cosine: float) -> dict[str, float]:
 
 
 def _composition_floor(bench: Bench, rows: int, d_in: int) -> float:
-    """What as many random directions have; the same for all SAEs of a shape, so kept in the cache."""
+    """The meta-SAE's EV of as many random directions; it depends only on the shape, so it is kept in the cache."""
     key = {
         "rows": rows,
         "d_in": d_in,

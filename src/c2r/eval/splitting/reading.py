@@ -1,6 +1,6 @@
-"""Pairs of neighbouring latents for a human reader: their figures, and the text on which each is strongest.
+"""Pairs of neighbouring latents for a human reader: their figures, and the text on which each latent is strongest.
 
-A alive latents · n tokens.
+A alive latents · n tokens of the text · k tokens that count.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from c2r.eval.splitting.cofiring import Cofiring
 from c2r.eval.token_text import snippet
 
 PAIRS, SNIPPETS, BEFORE, AFTER = 10, 3, 12, 6
-"""Pairs a list, snippets a latent, and tokens of text before and after the strongest one."""
+"""Pairs per list, snippets per latent, and tokens of text before and after the central one."""
 
 
 def pairs_to_read(
     cofiring: Cofiring, text: TextActivations, tokenizer: Any, place_k: Tensor | None = None
 ) -> list[dict[str, Any]]:
-    """The ten pairs of nearest neighbours with the highest cosine, and the ten with the highest φ, each pair once.
+    """The ten pairs of nearest neighbours with the highest cosine and the ten with the highest φ, without repetition.
 
-    A pair has `latents` [i, j], j nearest to i, `cosine`, `phi`, `jaccard`, `p_j_given_i`, `p_i_given_j`, `densities`,
-    `among_highest` (of which list it is: "cosine", "phi"), and `snippets`: for i and for j, each a list of
-    {before, token, after, activation}.
+    A pair has `latents` [i, j], where j is the nearest neighbour of i, `cosine`, `phi`, `jaccard`, `p_j_given_i`,
+    `p_i_given_j`, `densities`, `among_highest` (the lists that contain it: "cosine", "phi"), and `snippets`: one list
+    for i and one for j, of {before, token, after, activation}.
 
     Arguments:
-        place_k: where in the text each token stands that was counted; None: all were, in order.
+        place_k: index in the text of each token that was counted; None: all tokens were counted.
     """
     pairs = cofiring.pairs
     picked: dict[int, list[str]] = {}
@@ -54,7 +54,7 @@ def pairs_to_read(
 def snippets(
     cofiring: Cofiring, latent: int, text: TextActivations, tokenizer: Any, place_k: Tensor | None = None
 ) -> list[dict[str, Any]]:
-    """The text around the tokens on which a latent is strongest; a snippet stays within its row."""
+    """The text around the tokens on which a latent is strongest; snippets do not extend beyond the row."""
     found = []
     for place, activation in cofiring.top_tokens(latent, SNIPPETS):
         token = place if place_k is None else int(place_k[place])
@@ -68,7 +68,7 @@ def snippets(
 
 
 def _highest(values_A: Tensor, latent_A: Tensor, neighbor_A: Tensor) -> list[int]:
-    """Places of the highest finite values, of two latents nearest to each other the first alone."""
+    """Indices of the highest finite values; if two latents are each other's nearest, only the first is listed."""
     seen: set[frozenset[int]] = set()
     found = []
     for place in torch.where(values_A.isfinite(), values_A, -torch.inf).argsort(descending=True, stable=True).tolist():
