@@ -31,7 +31,7 @@ ALONE: dict[str, set[str]] = {
     "penalty": {"kernels", "neighbors"},
     "neighbors": {"kernels"},
     "sae": {"kernels"},
-    "report": {"intervals", "layout"},
+    "report": {"intervals", "layout", "storage"},
     "interop": {"sae", "storage", "layout"},
 }
 """Rooms that may import even less: all that they may."""

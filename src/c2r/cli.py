@@ -244,10 +244,7 @@ def audit(
     result = folder / f"{sae.resolve().name}_audit.json"
     print_audit(result)
     page = result.with_suffix(".html")
-    try:
-        write_audit(page, result)
-    except OSError as error:
-        raise ValueError(f"out: cannot write {page}: {error.strerror}") from error
+    write_audit(page, result)
     print(f"page: {page}")
 
 

@@ -9,7 +9,7 @@ is small when near-duplicate rows stay silent or turn apart. The paper has margi
 activations out (OrtSAE's penalty). The norms are summed, not multiplied: an absorbed parent and its absorber
 rarely fire together, and the term must see the pair when one of them fires alone.
 
-B tokens in a batch · D width of the activations · F latents.
+B tokens in a batch · D width of the activations · F latents · P pairs with a cosine above the margin.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
+
 _INCOMPLETE = "\ufffd"
 """What an incomplete UTF-8 sequence decodes to."""
 _LONGEST = 3
@@ -20,7 +22,7 @@ class Shown(NamedTuple):
     """First character and end of each token. Tokens that jointly encode one character all have that character."""
 
 
-def shown(tokenizer: Any, ids: Sequence[int]) -> Shown:
+def shown(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> Shown:
     """The text of token ids as it is inside a longer text: leading spaces, which decoders strip, are kept."""
     ids = [int(i) for i in ids]
     decode = _decoder(tokenizer, ids)
@@ -34,7 +36,7 @@ def shown(tokenizer: Any, ids: Sequence[int]) -> Shown:
     return Shown(text, spans[::-1])
 
 
-def snippet(tokenizer: Any, ids: Sequence[int], place: int, first: int, last: int) -> tuple[str, str, str]:
+def snippet(tokenizer: Any, ids: Sequence[int] | np.ndarray, place: int, first: int, last: int) -> tuple[str, str, str]:
     """The text before, of and after the token at `place`, within the tokens `first` to `last` (inclusive).
 
     A character cut by these borders is completed if `ids` contains the rest, else omitted.

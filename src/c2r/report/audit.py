@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from c2r.report.html import PAGE, step_chart
+from c2r.storage import write_text
 
 _CHARTS = {
     "log10_density": "log10 firing density of alive latents",
@@ -52,7 +53,7 @@ def write_audit(path: Path, result: Path) -> None:
         f"{''.join(_pair(pair) for pair in extra['pairs']) or '<p>none</p>'}"
         f"<h2>Not examined</h2><ul>{missing}</ul>"
     )
-    path.write_text(PAGE.format(title=_page(f"c2r audit: {found['sae_lens_id']}"), body=body), encoding="utf-8")
+    write_text(path, PAGE.format(title=_page(f"c2r audit: {found['sae_lens_id']}"), body=body), "out")
 
 
 def _what(found: dict[str, Any]) -> str:

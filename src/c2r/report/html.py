@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from c2r.report.table import cell, heading, notes, shown, summary_of_files
+from c2r.storage import write_text
 
 COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518", "#72b7b2")
 WIDTH, HEIGHT, MARGIN = 460, 240, 46
@@ -54,7 +55,7 @@ def write_report(
     body = f"{_table(rows)}<p>{legend}</p>{''.join(charts)}"
     if known_features is not None:
         body += f"<h2>On known features</h2>{_table(json.loads(known_features.read_text(encoding='utf-8')))}"
-    path.write_text(PAGE.format(title=html.escape("c2r: " + " and ".join(names)), body=body), encoding="utf-8")
+    write_text(path, PAGE.format(title=html.escape("c2r: " + " and ".join(names)), body=body), "out")
 
 
 def line_chart(caption: str, x_label: str, series: dict[str, Points]) -> str:

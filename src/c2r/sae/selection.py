@@ -1,6 +1,7 @@
 """Selection: which pre-activations become activations.
 
-B tokens in a batch · D width of the activations · F latents · N non-zeros in a batch · C candidates · K = k.
+B tokens in a batch · D width of the activations · F latents · N non-zeros in a batch · C candidates ·
+K latents per token.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import os
 import signal
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from c2r.eval.autointerp.detection import Nonsense, read_explanation, read_numbe
 from c2r.eval.autointerp.evaluation import run_autointerp
 from c2r.eval.bench import Bench, TextActivations
 from c2r.eval.outcome import Outcome
+from c2r.language_model.model import LanguageModel
 from c2r.sae.model import SAE
 from stub_judge import Reply, StubJudge, coin, fault, oracle, question_of, said
 
@@ -52,7 +52,8 @@ def bench_at(url: str, cache: Path, **judge: Any) -> Bench:
     """A text of `TOKENS` random words in rows of 64, x the word's one-hot vector times a random strength."""
     patience = Patience(timeout=5.0, attempts=3, first_wait=0.01)
     config = JudgeConfig(url=url, model="stub", **{"latents": 12, "patience": patience, **judge})
-    lm = SimpleNamespace(tokenizer=word_tokenizer())
+    lm = LanguageModel.__new__(LanguageModel)  # of which only the tokenizer is used
+    lm.tokenizer = word_tokenizer()
     bench = bench_of(lm, ModelConfig(), DataConfig(), TOKENS, 0, cache, judge=config)
     rng = np.random.default_rng(0)
     ids = torch.from_numpy(rng.integers(0, WORDS, TOKENS))

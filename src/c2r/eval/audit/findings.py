@@ -3,7 +3,8 @@
 Nothing here depends on how the SAE was trained. A marked finding violates a rule of thumb, which it states; these rules
 are judgement, not measurement.
 
-A alive latents · D width of the activations · F latents · G batches · n tokens · R rows of a tile.
+A alive latents · B tokens in a batch · D width of the activations · F latents · G batches · n tokens ·
+R rows of a tile.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ latent is the share of windows classified correctly. Differences from SAEBench: 
 is verified not to fire; no scored window overlaps or repeats one used for the explanation; the balanced accuracy is
 reported too (naming no window is correct for 10 of 14); and an answer that cannot be parsed is counted as a failed
 latent instead of being dropped.
+
+K tokens on which a latent fires.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ latent fires.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,7 +110,7 @@ class _Picker:
         self.taken_n = np.zeros(len(text.ids_n), dtype=bool)
         self.words: set[bytes] = set()
 
-    def take(self, centres: Iterable[int], wanted: int, kind: str) -> list[tuple[int, Window]]:
+    def take(self, centres: Sequence[int] | np.ndarray, wanted: int, kind: str) -> list[tuple[int, Window]]:
         found: list[tuple[int, Window]] = []
         for centre in centres:
             if len(found) == wanted:
