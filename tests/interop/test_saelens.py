@@ -168,7 +168,7 @@ def test_no_activation_that_is_no_number_counts_as_firing() -> None:
     x[2, 3] = float("nan")
     with pytest.raises(ValueError, match="activations of the model: 1 of 20 numbers are NaN or infinite"):
         random_sae().encode(x)
-    with pytest.raises(ValueError, match=r"overflown torch\.float16"):
+    with pytest.raises(ValueError, match=r"overflowed torch\.float16"):
         random_sae(100.0).to(torch.float16).encode(torch.full((1, 5), 1e4))
     gated = SAE(torch.ones(1, 5), torch.zeros(1), torch.ones(1, 5), torch.zeros(5), architecture="gated",
                 extra=Extra(r_mag=torch.full((1,), 200.0), b_mag=torch.zeros(1)))  # fmt: skip

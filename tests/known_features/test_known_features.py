@@ -329,7 +329,7 @@ def test_a_preset_trains_without_a_language_model(tmp_path: Path, monkeypatch: p
     assert written["eval_config"]["data"]["parents"] == 3
     assert written["eval_result_metrics"]["recovery"]["mcc"] == results["c2r"]["mcc"]
     assert len(written["eval_result_details"]) == 3
-    with pytest.raises(ValueError, match=r"trained on known features and .*accepted are recovery, stability"):
+    with pytest.raises(ValueError, match=r"trained on known features, .*accepted are recovery, stability"):
         evaluate(list(folders.values()), suites=("core",))
 
 
