@@ -190,7 +190,7 @@ def test_a_meta_sae_is_trained_on_living_latents_alone(
 def test_nothing_left_is_an_error_that_says_what_may_be_wrong(tiny_run: dict[str, Path]) -> None:
     folder = with_max_norm(tiny_run["c2r"], 1e-6)
     (failed,) = evaluate([folder], suites=("splitting",), tokens=200, console=QUIET).failed
-    assert "is this the model, hook point and scale" in failed
+    assert "Is this the model, hook point and scale" in failed
 
 
 def bench_at(lm: LanguageModel, folder: Path, cache: Path, tokens: int) -> Bench:
