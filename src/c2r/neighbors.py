@@ -195,7 +195,7 @@ def check_decoder(decoder: Tensor) -> None:
             f"decoder: got {decoder.dtype} {list(decoder.shape)}; expected floating-point [F, D], one row per latent"
         )
     if decoder.shape[0] < 2:
-        raise ValueError(f"decoder: got {list(decoder.shape)}; expected [F, D] with at least F = 2 latents to compare")
+        raise ValueError(f"decoder: got {list(decoder.shape)}; expected [F, D] with F ≥ 2 latents to compare")
 
 
 def check_rows(decoder: Tensor) -> None:

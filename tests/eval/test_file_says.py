@@ -42,7 +42,7 @@ def said(**metadata: Any) -> dict[str, Any]:
         ({"hook_layer": 3}, "hook_layer is 3"),
         ({"hook_name": "blocks.2.attn.hook_z"}, "hook_z', attention heads before .*accepted is blocks.N.hook_X"),
         ({"hook_name": "blocks.2.hook_resid_mid"}, "hook_resid_mid', the residual stream between"),
-        ({"hook_name": "model.layers.2"}, "'model.layers.2', which is a module.*layer 2 and hook resid_post"),
+        ({"hook_name": "model.layers.2"}, "'model.layers.2', which is a module.*layer 2, hook resid_post"),
         ({"hook_name": "transformer.h.2.mlp"}, "'transformer.h.2.mlp', which is a module"),
         ({"hook_name": None}, "hook_name: missing"),
         ({"model_name": None}, "model_name: missing"),

@@ -101,7 +101,7 @@ def test_training_names_the_sae_and_the_row(neighbors: str) -> None:
     if neighbors != "lagged":  # which searches the whole decoder once, when it begins
         run.step(rows())
     run.sae.W_dec.data[5, 3] = torch.nan
-    with pytest.raises(ValueError, match=rf"saes\.x: at step {run.step_number}, decoder: row 5 .* 1 of 64 rows"):
+    with pytest.raises(ValueError, match=rf"saes\.x: at step {run.step_number}, decoder: row 5 .*1 of 64 rows"):
         run.step(rows(1))
 
 

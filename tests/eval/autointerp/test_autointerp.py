@@ -143,7 +143,7 @@ def test_the_budget_comes_first(tmp_path: Path) -> None:
         shown = bench.console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
         assert "48 requests, about " in shown
         assert "0 answers are already on disk" in shown
-        estimate = int(shown.split("about ")[1].split(" tokens")[0].replace(",", ""))
+        estimate = int(shown.split("about ")[1].split(" input tokens")[0].replace(",", ""))
         assert all(outcome.error is None for outcome in run_autointerp(
             bench_at(stub.url, tmp_path, max_requests=48), {"a": word_sae(), "b": word_sae(-0.7)}))  # fmt: skip
         sent = sum(len(message["content"]) for body in stub.bodies for message in body["messages"])
