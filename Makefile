@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_DOCS := $(VENV)/.ready-docs
 
-.PHONY: demo test test-all test-gpu check docs release-check bench clean
+.PHONY: demo test test-all test-gpu check docs release-check bench evidence evidence-small clean
 
 demo: $(READY)
 	$(BIN)/c2r demo --out runs/demo
@@ -30,6 +30,16 @@ docs: $(READY_DOCS)
 
 release-check: $(READY)
 	$(BIN)/python scripts/release_check.py
+
+# The study of docs/evidence.md: days on two CPU cores. evidence-small is a tenth of its tokens, with two seeds.
+evidence: $(READY)
+	$(BIN)/c2r harvest studies/smollm2-135m-harvest.yaml
+	$(BIN)/c2r study studies/smollm2-135m.yaml
+	$(BIN)/c2r study studies/smollm2-135m.yaml --set run.model.layer=12 output=runs/evidence/block12
+
+evidence-small: $(READY)
+	$(BIN)/c2r study studies/smollm2-135m.yaml --set output=runs/evidence/small 'seeds=[0, 1]' run.cache=null \
+		run.train.tokens=1_500_000 evaluation.absorption.prompts.max_words=6000 evaluation.absorption.seeds=1
 
 bench: $(READY)
 	$(BIN)/python benchmarks/step.py

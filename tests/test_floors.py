@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"methods"},
     {"training", "eval"},
     {"report"},
-    {"demo"},
+    {"demo", "study"},
     {"cli"},
     {"__main__"},
 ]

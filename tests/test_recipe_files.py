@@ -9,6 +9,7 @@ from builders import ROOT
 from c2r.activations.cache import origin_of
 from c2r.config.hooks import HookPoint
 from c2r.config.load import load_config
+from c2r.config.study import load_study
 from c2r.penalty import strength_of_lambda
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -37,3 +38,12 @@ def test_a_published_recipe_has_the_published_settings(path: Path) -> None:
     assert (c2r.alpha, c2r.every, c2r.start, c2r.neighbors) == (1, 5, 0, "chunked")
     assert origin_of(config)["cache"]["dtype"] == "bfloat16"
     assert "Nothing of this has been run on a GPU" in path.read_text()
+
+
+def test_the_studies_parse_and_agree_with_their_harvest() -> None:
+    harvest = load_config(ROOT / "studies" / "smollm2-135m-harvest.yaml")
+    for layer in (5, 12):
+        study = load_study(ROOT / "studies" / "smollm2-135m.yaml", (f"run.model.layer={layer}",))
+        for run in study.runs():
+            assert origin_of(run) == origin_of(harvest)
+            assert set(run.points) <= set(harvest.points)

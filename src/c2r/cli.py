@@ -188,6 +188,22 @@ def _with_changes(settings: dict[str, Any], changes: tuple[tuple[str, ...], ...]
     return settings
 
 
+def study(
+    path: Positional[Path],
+    set: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(metavar="A.B=C")] = (),
+) -> None:
+    """Train several arms with several seeds, evaluate them, and compare them over the seeds; resumes where it stopped.
+
+    Args:
+        path: The study's YAML.
+        set: Values that replace the file's, for example seeds=[0,1,2] run.train.tokens=1e6.
+    """
+    from c2r.config.study import load_study
+    from c2r.study import run_study
+
+    print(run_study(load_study(path, tuple(value for values in set for value in values))))
+
+
 def audit(
     sae: Positional[Path],
     model: str | None = None,
@@ -296,6 +312,7 @@ def main(args: list[str] | None = None) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo, "harvest": harvest, "train": train, "eval": evaluate, "audit": audit,
+    "study": study,
 }  # fmt: skip
 _ABOUT = "Train sparse autoencoders (SAEs) with cross-sample consistency regularisation (C²R), and measure its effect."
 

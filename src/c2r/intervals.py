@@ -1,8 +1,9 @@
-"""95 % confidence intervals over a few evaluation seeds."""
+"""95 % confidence intervals over a few seeds."""
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections.abc import Sequence
 
@@ -36,3 +37,15 @@ def paired_interval_95(first: Sequence[float], last: Sequence[float]) -> Interva
         ValueError: the two sequences have different lengths.
     """
     return interval_95([b - a for a, b in zip(first, last, strict=True)])
+
+
+def bootstrap_95(values: Sequence[float], draws: int = 10_000, seed: int = 0) -> Interval | None:
+    """Percentile bootstrap's 95 % interval for the mean of independent `values`; None for fewer than two.
+
+    Values are drawn with replacement; with paired differences as values this is the paired bootstrap.
+    """
+    if len(values) < 2:
+        return None
+    rng = random.Random(seed)
+    means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(draws))
+    return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]

@@ -24,6 +24,20 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         ValueError: no such file, invalid YAML, a key without a value or given twice, an override of something that
             does not exist, or invalid values; names the field, what was given and what is accepted.
     """
+    raw = read_mapping(path, "output, model, data, train, saes, …")
+    set_values(raw, overrides)
+    return parse_config(raw, str(path))
+
+
+def read_mapping(path: Path, keys: str) -> dict[str, Any]:
+    """The content of a YAML file.
+
+    Arguments:
+        keys: examples of what it should contain, for errors.
+
+    Raises:
+        ValueError: the file cannot be read, is not valid YAML, or is not a mapping.
+    """
     path = at_home(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -34,11 +48,8 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(raw, dict):
-        raise ValueError(
-            f"{path}: expected a mapping with keys output, model, data, train, saes, …; got {type(raw).__name__}"
-        )
-    set_values(raw, overrides)
-    return parse_config(raw, str(path))
+        raise ValueError(f"{path}: expected a mapping with keys {keys}; got {type(raw).__name__}")
+    return raw
 
 
 def parse_config(raw: Any, where: str) -> RunConfig:
