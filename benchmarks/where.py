@@ -17,7 +17,8 @@ from c2r.memory import keep_freed_memory
 from c2r.training.run import Run
 from step import activations, timed
 
-STEPS = 5
+STEPS, WARM_UP = 5, 20
+"""Steps profiled, and steps before them: a fresh SAE's selection settles in the first dozen."""
 KINDS = {
     "gathered sums and dots: decode, gradients": ("embedding_bag", "sampled_addmm"),
     "encoder's product": ("addmm", "qlinear"),
@@ -65,7 +66,7 @@ def main() -> None:
     x = activations(args.batch, args.d_in)
     config = BatchTopKConfig(name="x", width=args.width, k=args.k, k_anneal=0, c2r=ConsistencyConfig(strength=0.9))
     run = Run(config, TrainConfig(tokens=10**9, batch=args.batch, lr=1e-3), args.d_in)
-    for _ in range(3):
+    for _ in range(WARM_UP):
         run.step(x)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         whole = 1000 * timed(lambda: [run.step(x) for _ in range(STEPS)]) / STEPS
