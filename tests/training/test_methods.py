@@ -260,9 +260,9 @@ def test_faults_of_methods_are_named(section: dict[str, Any], says: str, tmp_pat
 
 def test_extras_that_do_not_fit_an_architecture() -> None:
     W, b = torch.ones(3, 2), torch.ones(3)
-    with pytest.raises(ValueError, match=r"'topk' needs \{'k'\}, got set"):
+    with pytest.raises(ValueError, match=r"architecture 'topk' requires \{'k'\}"):
         SAE(W, b, W, torch.ones(2), architecture="topk")
-    with pytest.raises(ValueError, match=r"'standard' needs \{\}, got \{'k'\}"):
+    with pytest.raises(ValueError, match=r"got \{'k'\}; architecture 'standard' requires \{\}"):
         SAE(W, b, W, torch.ones(2), architecture="standard", extra=Extra(k=1))
 
 
