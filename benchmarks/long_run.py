@@ -50,7 +50,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--settled", type=float, default=3.0, help="minutes after which memory should be flat")
     parser.add_argument("--every", type=float, default=2.0, help="seconds between samples")
-    parser.add_argument("--output", type=Path, help="the run's folder, which a rerun goes on with; default: temporary")
+    parser.add_argument("--output", type=Path, help="the run's folder, that a rerun resumes; default: temporary")
     parser.add_argument("--json", type=Path, help="where the figures and all samples go")
     parser.add_argument("--svg", type=Path, help="default: docs/guides/long-run-memory.svg for the full run, else none")
     args = parser.parse_args()

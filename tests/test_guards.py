@@ -126,6 +126,11 @@ def test_links_within_the_docs_lead_somewhere(page: Path) -> None:
     assert missing == []
 
 
+def test_snippets_in_pages_are_as_the_site_reads_them() -> None:
+    """A formatter of code in pages once rewrote `--8<-- "file"`, which the site then showed as text."""
+    assert [page for page in PAGES if re.search(r"--8 ?<(?!-- \")", page.read_text(encoding="utf-8"))] == []
+
+
 def test_these_two_can_fail() -> None:
     text = "`src/c2r/nowhere.py`, `c2r.penalty.nothing`, `c2r.penalty.consistency_penalty`, `docs/index.md`"
     assert names_that_do_not_exist(text) == ["src/c2r/nowhere.py", "c2r.penalty.nothing"]

@@ -1,4 +1,4 @@
-"""c2r: sparse autoencoders whose features are neither split over near-duplicates nor absorbed by their children.
+"""c2r trains sparse autoencoders with cross-sample consistency regularisation (C²R), and measures what it changes.
 
 Public names load on first use, so that `c2r --help` does not wait for torch.
 """
