@@ -321,7 +321,7 @@ from c2r.text import tokenizing as encode
 from c2r.text.document import Document
 
 def length(document):
-    return encode.Encoded(np.array([len(document.content)]), np.array([True]))
+    return encode.Tokenized(np.array([len(document.content)]), np.array([True]))
 
 if __name__ == "__main__":
     documents = ((Document("text", "x" * 9000), number) for number in itertools.count())

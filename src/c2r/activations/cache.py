@@ -55,7 +55,7 @@ class CacheReader:
         return {sink["id"]: sink["text"] for look in looks.values() for sink in look["sinks"]}.get(token)
 
     def read(self, start: Any = None) -> Iterator[Part]:
-        """See `Reader`.
+        """See `ActivationReader`.
 
         Raises:
             ValueError: a shard is missing or damaged; the message says which and what to do.

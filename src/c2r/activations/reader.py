@@ -52,7 +52,7 @@ class Part:
 
 
 @runtime_checkable
-class Reader(Protocol):
+class ActivationReader(Protocol):
     """Source of parts: `LiveReader` runs the model, `CacheReader` reads a cache written by it."""
 
     def read(self, start: Any = None) -> Iterator[Part]:
@@ -95,7 +95,7 @@ class LiveReader:
         return self.lm.tokenizer.decode([token])
 
     def read(self, start: Any = None) -> Iterator[Part]:
-        """See `Reader`.
+        """See `ActivationReader`.
 
         Raises:
             BrokenActivations: the model emits NaN or infinity.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from c2r.activations.look import Decode, none_known
 from c2r.activations.prefetch import Ahead
-from c2r.activations.reader import Measured, Reader
+from c2r.activations.reader import ActivationReader, Measured
 from c2r.activations.windows import Prepared, Windows
 from c2r.config.hooks import HookPoint
 from c2r.config.run import StreamConfig
@@ -44,7 +44,7 @@ class ActivationStream:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: ActivationReader,
         config: StreamConfig,
         *,
         tokens: int | None = None,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from c2r.activations.look import Decode, none_known
 from c2r.activations.prefetch import Ahead
-from c2r.activations.reader import CALIBRATION_TOKENS, Measured, Part, Reader, check_kept, measure, usual
+from c2r.activations.reader import CALIBRATION_TOKENS, ActivationReader, Measured, Part, check_kept, measure, usual
 from c2r.config.hooks import HookPoint
 from c2r.config.run import StreamConfig
 from c2r.text.shuffle import permutation
@@ -90,7 +90,7 @@ class Windows:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: ActivationReader,
         config: StreamConfig,
         tokens: int | None,
         seed: int,

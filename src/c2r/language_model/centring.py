@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from c2r.config.hooks import Hook
-from c2r.language_model.hook_points import Run, find_part, hooked
+from c2r.language_model.hook_points import RunModel, find_part, hooked
 
 _TOLERANCE = {torch.float32: 1e-3}
 _TOLERANCE_HALF = 0.05
 
 
 @torch.no_grad()
-def center(model: Any, blocks: Iterable[nn.Module], run: Run, ids_RT: Tensor, name: str) -> None:
+def center(model: Any, blocks: Iterable[nn.Module], run: RunModel, ids_RT: Tensor, name: str) -> None:
     """Permanently subtract the mean over coordinates from the activations at every hook point.
 
     TransformerLens centres the weights that write to the residual stream, so each hook point emits the centred

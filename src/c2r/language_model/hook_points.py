@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from c2r.config.hooks import Hook
 
 Replace = Callable[[Tensor], Tensor]
-Run = Callable[[Tensor], Any]
+RunModel = Callable[[Tensor], Any]
 """Runs the whole model on token ids `[R, T]`."""
 
 
@@ -98,7 +98,7 @@ class _Call(NamedTuple):
     after: Tensor
 
 
-def find_blocks(model: nn.Module, run: Run, ids_RT: Tensor, at_least: int) -> Blocks:
+def find_blocks(model: nn.Module, run: RunModel, ids_RT: Tensor, at_least: int) -> Blocks:
     """The list of modules through which the residual stream `[R, T, D]` passes, one after another.
 
     Towers of other modalities are excluded because they do not run on text. Of nested lists the outer one is taken.
@@ -157,7 +157,7 @@ def _within(name: str, outer: Iterable[str]) -> bool:
     return any(name.startswith(f"{other}.") for other in outer)
 
 
-def check_causal(model: nn.Module, blocks: Blocks, run: Run, ids_RT: Tensor, other_RT: Tensor) -> None:
+def check_causal(model: nn.Module, blocks: Blocks, run: RunModel, ids_RT: Tensor, other_RT: Tensor) -> None:
     """Reject a model in which a token's activations depend on later tokens.
 
     Arguments:
@@ -181,7 +181,7 @@ def check_causal(model: nn.Module, blocks: Blocks, run: Run, ids_RT: Tensor, oth
         )
 
 
-def find_part(block: nn.Module, hook: Hook, run: Run, ids_RT: Tensor) -> nn.Module:
+def find_part(block: nn.Module, hook: Hook, run: RunModel, ids_RT: Tensor) -> nn.Module:
     """The module in a block whose output is added to the residual stream as `attn_out` or `mlp_out`.
 
     It is chosen so that resid_pre + attn_out + mlp_out = resid_post up to rounding, both in the unchanged model and
@@ -264,7 +264,7 @@ class _Seen(NamedTuple):
 
 
 def _pass(
-    block: nn.Module, paths: dict[str, nn.Module], run: Run, ids_RT: Tensor, zero: nn.Module | None = None
+    block: nn.Module, paths: dict[str, nn.Module], run: RunModel, ids_RT: Tensor, zero: nn.Module | None = None
 ) -> _Seen:
     """One pass to the end of a block, with the output of the part `zero` set to zero."""
     stream: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@ from typing import Any
 from c2r.config.text import MixturePart, TextSource
 from c2r.text.document import Reader
 from c2r.text.sources import Shard, no_text, read_shard
-from c2r.text.tokenizing import Encoded, Encoder
+from c2r.text.tokenizing import Encoder, Tokenized
 
 Position = dict[str, Any]
 PART_START = (0, None, False, 0)
@@ -26,7 +26,7 @@ class Skipped:
 
     def __init__(self, say: Callable[[str], Any] | None = None) -> None:
         self.say, self._said = say, False
-        self.parts: list[Part] = []
+        self.parts: list[MixedSource] = []
 
     @property
     def count(self) -> int:
@@ -45,7 +45,7 @@ class Skipped:
             self.say(f"skipped a bad record: {message}; further bad records are only counted")
 
 
-class Part:
+class MixedSource:
     """The encoded documents of one source, pass after pass.
 
     `state` is the position before the next document: completed passes, position in the current pass, whether that pass
@@ -68,14 +68,14 @@ class Part:
         self.weight = source.weight if isinstance(source, MixturePart) else 1.0
         self.passes, self._at, self._real, self.skipped = (*state, 0)[:4]  # old positions have three entries
         self._skipped = skipped or Skipped()
-        self._documents: Iterator[tuple[Encoded, Any]] | None = None
+        self._documents: Iterator[tuple[Tokenized, Any]] | None = None
 
     @property
     def state(self) -> list[Any]:
         """Position from which the part continues."""
         return [self.passes, self._at, self._real, self.skipped]
 
-    def next(self) -> Encoded | None:
+    def next(self) -> Tokenized | None:
         """The next document, or the next piece of one; None at the end of a pass.
 
         Raises:
@@ -107,7 +107,7 @@ class Mixer:
     """
 
     def __init__(
-        self, parts: list[Part], lists: Iterator[tuple[Encoded, Any]] | None, share: float, at: Position
+        self, parts: list[MixedSource], lists: Iterator[tuple[Tokenized, Any]] | None, share: float, at: Position
     ) -> None:
         self.parts, self.lists, self.share = parts, lists, share
         self.tokens, self.spelled, self._lists_at = list(at["tokens"]) or [0] * len(parts), at["spelled"], at["lists"]
@@ -118,7 +118,7 @@ class Mixer:
         """Restart the counts from which shares are computed."""
         self.tokens, self.spelled = [0] * len(self.parts), 0
 
-    def until(self, last: int | None) -> Iterator[tuple[Position, Encoded]]:
+    def until(self, last: int | None) -> Iterator[tuple[Position, Tokenized]]:
         """Documents until every part has completed `last` passes (None: forever), each with the position before it."""
         while True:
             before = {

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from c2r.config.text import DataConfig
-from c2r.text.mixture import MIXER_START, PART_START, Mixer, Part, Position, Skipped
+from c2r.text.mixture import MIXER_START, PART_START, MixedSource, Mixer, Position, Skipped
 from c2r.text.sources import Shard, SpellingLists, check_source, held_out_kept, keeps_part, open_reader, read_shard
 from c2r.text.spelling import vocabulary_words
-from c2r.text.tokenizing import Encode, Encoded, Encoder, bos_of, opens_with_bos, special_ids, text_ids
+from c2r.text.tokenizing import Encode, Encoder, Tokenized, bos_of, opens_with_bos, special_ids, text_ids
 
 __all__ = [
     "Rows",
@@ -105,7 +105,7 @@ def packed_rows(
         encoder = Encoder(encode, config.workers)
         try:
             parts = [
-                Part(section, config.sections[section], reader, encoder, seed, shard, state, skipped)
+                MixedSource(section, config.sections[section], reader, encoder, seed, shard, state, skipped)
                 for (section, reader), state in zip(readers.items(), at["parts"], strict=True)
             ]
             if skipped is not None:
@@ -139,7 +139,7 @@ def pass_of(position: Position | None) -> int | None:
 
 
 def _cut(
-    documents: Iterator[tuple[Position, Encoded]],
+    documents: Iterator[tuple[Position, Tokenized]],
     skip: int,
     encode: Encode,
     context: int,
@@ -150,7 +150,7 @@ def _cut(
     bos = encode.bos
     opening = 0 if bos is None else 1
     room = context - opening
-    held: deque[tuple[Position, Encoded]] = deque()
+    held: deque[tuple[Position, Tokenized]] = deque()
     length = -skip
     while True:
         while length < rows * room and (more := next(documents, None)) is not None:
@@ -187,7 +187,7 @@ def _cut(
 
 
 def _as_is(
-    documents: Iterator[tuple[Position, Encoded]], encode: Encode, context: int, rows: int, text: Position
+    documents: Iterator[tuple[Position, Tokenized]], encode: Encode, context: int, rows: int, text: Position
 ) -> Iterator[Rows]:
     """One row per document."""
     while batch := list(itertools.islice(documents, rows)):

@@ -39,7 +39,7 @@ class StdlibReader:
                 yield Document("text", text, None, name), partial(int, number + 1)
 
 
-class Windows:
+class ShuffledDocuments:
     """Another reader's documents, shuffled by the seed within windows of `size`.
 
     A position is the reader's position at the window's start, the window's number, the number of its documents already
@@ -129,7 +129,7 @@ def open_reader(
     if kept is not None:
         reader.kept = kept
     window = source.shuffle_documents or (STREAM_WINDOW if source.source == "hf" and source.streaming else 1)
-    return reader if window == 1 else Windows(reader, window)
+    return reader if window == 1 else ShuffledDocuments(reader, window)
 
 
 def _split(section: str, source: TextSource, held_out: bool, cuts: Cuts | None = None) -> HeldOut:
@@ -146,7 +146,7 @@ def keeps_part(reader: Reader) -> bool:
     Raises:
         ValueError: the source cannot be read.
     """
-    reader = reader.reader if isinstance(reader, Windows) else reader
+    reader = reader.reader if isinstance(reader, ShuffledDocuments) else reader
     return reader.kept if isinstance(reader, HeldOut) else True
 
 

@@ -27,7 +27,7 @@ from c2r.text.pieces import PIECE, Cuts, characters, pieces
 _DOCUMENTS, _CHARACTERS = 64, 200_000
 
 
-class Encoded(NamedTuple):
+class Tokenized(NamedTuple):
     """Tokens of a document or of a piece of one, with EOS at the document's end if the tokenizer has one."""
 
     ids: np.ndarray
@@ -106,7 +106,7 @@ class Encode:
         self.real = np.ones(self.size, bool)
         self.real[sorted(special_ids(tokenizer) | dropped)] = False
 
-    def __call__(self, document: Document) -> Encoded:
+    def __call__(self, document: Document) -> Tokenized:
         """Encode a document; for a record that cannot be used, the result has no tokens and `bad` is set."""
         try:
             if document.form == "bad":
@@ -116,7 +116,7 @@ class Encode:
         except BadRecord as error:
             if document.more or document.before:  # other pieces of the document are used
                 raise
-            return Encoded(np.zeros(0, np.int32), np.zeros(0, bool), bad=str(error))
+            return Tokenized(np.zeros(0, np.int32), np.zeros(0, bool), bad=str(error))
         real, eos = self.real[ids], self.tokenizer.eos_token_id
         if document.mask is not None:
             real &= document.mask
@@ -124,7 +124,7 @@ class Encode:
         ended = document.more or (document.form != "text" and len(ids) > 0 and ids[-1] == eos)
         if self.ends and eos is not None and not ended:
             ids, real = np.append(ids, np.asarray([eos], np.int32)), np.append(real, self.real[eos])
-        return Encoded(ids, real, document.more)
+        return Tokenized(ids, real, document.more)
 
     def _check_embedded(self, ids: np.ndarray, where: str) -> None:
         if self.embeddings is not None and (ids >= self.embeddings).any():
@@ -216,14 +216,14 @@ class Encoder:
         workers: number of loader processes to spawn; 0: documents are encoded in this process, on demand.
     """
 
-    def __init__(self, encode: Callable[[Document], Encoded], workers: int = 0) -> None:
+    def __init__(self, encode: Callable[[Document], Tokenized], workers: int = 0) -> None:
         self.encode, self.workers = encode, workers
         self._pool: ProcessPoolExecutor | None = None
         if workers:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(encode,))
 
-    def encoded(self, documents: Iterator[tuple[Document, Any]]) -> Iterator[tuple[Encoded, Any]]:
+    def encoded(self, documents: Iterator[tuple[Document, Any]]) -> Iterator[tuple[Tokenized, Any]]:
         """The documents' tokens, each with the position that came with the document.
 
         Raises:
@@ -271,8 +271,8 @@ class Encoder:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-_Result = tuple[list[Encoded], Exception | None]
-"""Encoded documents, and the error raised by the next one, if any."""
+_Result = tuple[list[Tokenized], Exception | None]
+"""Tokenized documents, and the error raised by the next one, if any."""
 
 
 def _batches(
@@ -303,10 +303,10 @@ def _block_interrupts() -> set[Any] | None:
     return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
-_encode: Callable[[Document], Encoded] | None = None  # set in loader processes
+_encode: Callable[[Document], Tokenized] | None = None  # set in loader processes
 
 
-def _begin(encode: Callable[[Document], Encoded]) -> None:
+def _begin(encode: Callable[[Document], Tokenized]) -> None:
     """Set up this process as a loader: it ignores Ctrl-C, which the parent handles, and exits when the parent does."""
     global _encode
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -324,7 +324,7 @@ def _end_with_parent() -> None:
 
 def _encode_batch(documents: list[Document]) -> _Result:
     assert _encode is not None
-    found: list[Encoded] = []
+    found: list[Tokenized] = []
     for document in documents:
         try:
             found.append(_encode(document))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from builders import ROOT
 from c2r.config.evaluations import AbsorptionSettings
-from c2r.eval.absorption.concepts import Absorption, Encoded, Labelled, absorption, encoded, splits
+from c2r.eval.absorption.concepts import Absorption, EncodedSamples, Labelled, absorption, encoded, splits
 from c2r.eval.absorption.probes import LinearProbe
 from c2r.eval.absorption.scoring import score_samples
 from c2r.eval.absorption.sparse_probes import l1_probe
@@ -38,7 +38,7 @@ def golden() -> tuple[Absorption, dict[str, Any], dict[str, Tensor]]:
     train, test = arrays["train"], arrays["test"]
     result = absorption(
         Labelled(x[train], y[train], x[test], y[test]),
-        Encoded(from_dense(z[train]), from_dense(z[test]), arrays["W_dec"]),
+        EncodedSamples(from_dense(z[train]), from_dense(z[test]), arrays["W_dec"]),
         LETTERS,
         probe=LinearProbe(arrays["probe.weight"], arrays["probe.bias"]),
         l1_weight_CF=arrays["l1_probe.weight"],
@@ -87,7 +87,7 @@ def test_each_word_and_the_aggregates_as_sae_bench_has_them(
 CLASSES, WORDS = 4, 160
 
 
-def by_hand(share: float) -> tuple[Labelled, Encoded]:
+def by_hand(share: float) -> tuple[Labelled, EncodedSamples]:
     """Words are their class's direction and one of their own, all orthogonal; `share` of the first is in the latter.
 
     Latents 0 to C − 1 are the classes', then one a word. In the training part no word is absorbed; in the test part a
@@ -106,7 +106,7 @@ def by_hand(share: float) -> tuple[Labelled, Encoded]:
     acts[word, CLASSES + word] = rows.norm(dim=1)
     decoder = torch.cat([basis[:CLASSES], rows / rows.norm(dim=1, keepdim=True)])
     data = Labelled(x[:train], y[:train], x[train:], y[train:])
-    return data, Encoded(from_dense(acts[:train]), from_dense(acts[train:]), decoder)
+    return data, EncodedSamples(from_dense(acts[:train]), from_dense(acts[train:]), decoder)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -124,7 +124,7 @@ def test_the_true_dictionary_has_none_and_one_absorbed_by_hand_has_all(trained: 
         assert all(letter.scored == WORDS // 2 // CLASSES for letter in found.classes)
 
 
-def true_probe(acts: Encoded) -> LinearProbe:
+def true_probe(acts: EncodedSamples) -> LinearProbe:
     """The classes' own directions."""
     return LinearProbe(acts.W_dec_FD[:CLASSES], torch.full((CLASSES,), -0.5))
 
@@ -152,7 +152,7 @@ def test_split_latents_by_hand() -> None:
         dense[odd, -CLASSES:] = dense[odd, :CLASSES]
         dense[odd, :CLASSES] = 0
         both.append(from_dense(dense))
-    halves = Encoded(*both, torch.cat([acts.W_dec_FD, acts.W_dec_FD[:CLASSES]]))
+    halves = EncodedSamples(*both, torch.cat([acts.W_dec_FD, acts.W_dec_FD[:CLASSES]]))
     found = absorption(data, halves, "wxyz", settings=AbsorptionSettings(min_classes=4), probe=true_probe(acts))
     assert [set(letter.split_latents) for letter in found.classes] == [{c, c + CLASSES + WORDS} for c in range(4)]
     assert found.means is not None

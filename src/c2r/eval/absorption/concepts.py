@@ -36,7 +36,7 @@ class Labelled(NamedTuple):
     y_test_B: Tensor
 
 
-class Encoded(NamedTuple):
+class EncodedSamples(NamedTuple):
     """An SAE's activations on `Labelled`, and its decoder."""
 
     train: Codes
@@ -92,7 +92,7 @@ class Absorption:
     scored: Scored
 
 
-def encoded(sae: SAE, data: Labelled, batch: int = 2048) -> Encoded:
+def encoded(sae: SAE, data: Labelled, batch: int = 2048) -> EncodedSamples:
     """The SAE's activations, each multiplied by its decoder row's norm, as if decoder rows had unit norm.
 
     Raises:
@@ -108,12 +108,12 @@ def encoded(sae: SAE, data: Labelled, batch: int = 2048) -> Encoded:
             join([from_dense(sae.encode(x.to(norms_F)) * norms_F) for x in part.split(batch)])
             for part in (data.x_train_BD, data.x_test_BD)
         )
-        return Encoded(train, test, sae.W_dec / norms_F.clamp(min=1e-12)[:, None])
+        return EncodedSamples(train, test, sae.W_dec / norms_F.clamp(min=1e-12)[:, None])
 
 
 def absorption(
     data: Labelled,
-    sae: SAE | Encoded,
+    sae: SAE | EncodedSamples,
     classes: Sequence[str],
     *,
     settings: AbsorptionSettings = AbsorptionSettings(),  # noqa: B008 (immutable)
@@ -180,7 +180,7 @@ def splits(f1_K: Sequence[float], jump: float) -> int:
 
 
 def _score(
-    data: Labelled, acts: Encoded, probe: LinearProbe, split: list[list[int]], settings: AbsorptionSettings
+    data: Labelled, acts: EncodedSamples, probe: LinearProbe, split: list[list[int]], settings: AbsorptionSettings
 ) -> Scored:
     found_B = probe.logits(data.x_test_BD).gather(1, data.y_test_B[:, None])[:, 0] > 0
     index_n = found_B.nonzero()[:, 0]
