@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -86,11 +87,11 @@ def test_a_folder_that_cannot_be_written_leaves_the_older_one(
     filled(tmp_path / "sae", weights="old")
     rename = Path.rename
 
-    def refused(*_: object) -> None:
+    def refused(*_: object) -> NoReturn:
         raise OSError("no")
 
     def half(self: Path, target: Path) -> Path:
-        return refused() if self.name.endswith(".partial") else rename(self, target)  # type: ignore[return-value]
+        return refused() if self.name.endswith(".partial") else rename(self, target)
 
     if where == "flush":
         monkeypatch.setattr(storage.os, "fsync", refused)

@@ -1,4 +1,7 @@
-"""The stream: nothing lost or repeated, the same filter for all hooks, bit-identical resuming, and its thread."""
+"""The stream: nothing lost or repeated, the same filter for all hooks, bit-identical resuming, and its thread.
+
+One file above 400 lines: all of it watches one stream through the same numbered activations.
+"""
 
 import itertools
 import json
